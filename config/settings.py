@@ -1,0 +1,108 @@
+"""What a person asked for, frozen and checked: how to build the model, how to sample. Knows no flags and no torch."""
+
+from dataclasses import dataclass
+
+from config.errors import UserError
+
+DEVICES = ("fast", "cpu", "cuda", "mps")
+DTYPES = ("fast", "fast16", "bf16", "fp16", "fp32")
+
+MAX_SEED = 2**63 - 1
+MAX_COUNT = 2**31 - 1
+MAX_STOPS = 64
+MAX_STOP_LENGTH = 4096
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and who set it: a flag ("--dtype"), 'quantize "precision"', "TORCHCHAT_DTYPE" or "default"."""
+
+    value: str
+    source: str = "default"
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """Everything that decides which engine is built."""
+
+    model: str
+    device: Setting = Setting("fast")
+    dtype: Setting = Setting("fast")
+    compile: bool = False
+    compile_prefill: bool = False
+    quantize: str | None = None
+    """The quantization recipe as JSON text, read and checked to be an object; None when none was asked for."""
+    max_seq_len: int | None = None
+    """Positions in the KV cache (prompt and answer together); None for what the model and the memory allow."""
+    max_num_seqs: int = 1
+    random_weights: bool = False
+
+    def __post_init__(self) -> None:
+        one_of("device", self.device.value, DEVICES)
+        one_of("dtype", self.dtype.value, DTYPES)
+        if self.max_seq_len is not None:
+            check_int("max_seq_len", self.max_seq_len, 1, MAX_COUNT)
+        check_int("max_num_seqs", self.max_num_seqs, 1, 4096)
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one sequence is sampled. Raises UserError when a value is out of its range, so that every caller may pass on
+    what a person or a request asked for.
+    """
+
+    max_new_tokens: int | None = None
+    """None: until the model ends its text or the context is full."""
+    temperature: float = 0.8
+    """0 takes the most likely token each time."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 is off."""
+    top_p: float = 1.0
+    """Keep the most likely tokens that together have this probability; 1 is off."""
+    min_p: float = 0.0
+    """Keep tokens at least this fraction as likely as the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens already seen (CTRL, arXiv:1909.05858); 1 is off."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the sequence; the text shown ends before them."""
+    seed: int = 0
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens is not None:
+            check_int("max_new_tokens", self.max_new_tokens, 1, MAX_COUNT)
+        _check_float("temperature", self.temperature, 0.0, 100.0)
+        check_int("top_k", self.top_k, 0, MAX_COUNT)
+        _check_float("top_p", self.top_p, 0.0, 1.0, above=True)
+        _check_float("min_p", self.min_p, 0.0, 1.0)
+        _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
+        check_int("seed", self.seed, 0, MAX_SEED)
+        if len(self.stop) > MAX_STOPS:
+            raise UserError(f"stop takes at most {MAX_STOPS} texts, not {len(self.stop)}")
+        for text in self.stop:
+            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
+                raise UserError(f"stop takes texts of 1 to {MAX_STOP_LENGTH} characters, not {shorten(repr(text))}")
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise UserError(f"{name} must be one of {', '.join(allowed)}, not {shorten(repr(value))}")
+
+
+def check_int(name: str, value: object, low: int, high: int) -> None:
+    """Refuse anything but a whole number from `low` to `high`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise UserError(f"{name} must be a whole number from {low} to {high}, not {shorten(repr(value))}")
+
+
+def _check_float(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)  # nan is within no bounds
+    if not number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+        span = f"over {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+        raise UserError(f"{name} must be a number {span}, not {shorten(repr(value))}")
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    """`text` on one line of at most `limit` characters; an ellipsis says that some were left off."""
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

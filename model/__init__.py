@@ -1,0 +1,1 @@
+"""The model: architecture, weights, tokenizers, devices. Knows configs; knows nothing of generating."""

@@ -1,0 +1,141 @@
+"""Attention over the KV cache: writes the new keys and values, then reads only the filled part of the cache.
+
+Many tokens a row (prefill) go through `scaled_dot_product_attention`; one token a row (decode) through a kernel whose cost
+follows the context that is there. Both are custom ops under the compiler, which then need not know how long the context is.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model import kernels
+
+
+def attend(
+    q_BTNH: Tensor,
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start_B: Tensor,
+    slots_B: Tensor,
+    context: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention of new tokens to themselves and to what the cache holds before them; [B, T, N, H].
+
+    keys, values: [slots, K, max_seq_len, H], written at positions start_B .. start_B + T - 1 of rows slots_B. A token
+    attends to at most the `window` last positions, itself included. softcap: scores become tanh(s / softcap) * softcap.
+    """
+    positions_BT = start_B[:, None] + torch.arange(q_BTNH.shape[1], device=start_B.device)
+    keys[slots_B[:, None], :, positions_BT] = k_BTKH
+    values[slots_B[:, None], :, positions_BT] = v_BTKH
+    compiling = torch.compiler.is_compiling()
+    if q_BTNH.shape[1] > 1:
+        prefill = torch.ops.torchchat.prefill_attention if compiling else prefill_attention
+        out: Tensor = prefill(
+            q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, scale, window, softcap
+        )
+        return out
+    q_BNH = q_BTNH[:, 0]
+    if kernels.usable(q_BNH):
+        return kernels.decode_attention(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
+    decode = torch.ops.torchchat.decode_attention if compiling else decode_attention
+    out = decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap)
+    return out.unsqueeze(1)
+
+
+def prefill_attention(
+    q_BTNH: Tensor,
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start_B: Tensor,
+    slots_B: Tensor,
+    context: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of many new tokens a row; the same result whether a prompt is read whole or in pieces."""
+    q_BNTH, T = q_BTNH.transpose(1, 2), q_BTNH.shape[1]
+    if context == T:  # every row starts at 0: nothing to read from the cache
+        k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+    else:
+        k_BKSH = keys[:, :, :context].index_select(0, slots_B)
+        v_BKSH = values[:, :, :context].index_select(0, slots_B)
+    whole = context == T and (window is None or window >= T)
+    if whole and softcap is None:
+        out = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).contiguous()
+    mask_B1TS = _causal_mask(start_B, T, context, window)
+    if softcap is None:
+        out = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_B1TS, scale=scale, enable_gqa=True)
+    else:
+        out = _softcapped(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale, softcap)
+    return out.transpose(1, 2).contiguous()
+
+
+def decode_attention(
+    q_BNH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start_B: Tensor,
+    slots_B: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Attention of one new token a row, already in the cache at `start_B`, over the filled cache alone; [B, N, H]."""
+    B, N, H = q_BNH.shape
+    K = keys.shape[1]
+    q_BKGH = q_BNH.reshape(B, K, N // K, H)  # the heads that share keys take the place of the tokens
+    out = torch.empty_like(q_BKGH)
+    for row, (start, slot) in enumerate(zip(start_B.tolist(), slots_B.tolist(), strict=True)):
+        end = start + 1
+        first = 0 if window is None else max(0, end - window)
+        q, k, v = q_BKGH[row : row + 1], keys[slot : slot + 1, :, first:end], values[slot : slot + 1, :, first:end]
+        if softcap is None:
+            out[row] = F.scaled_dot_product_attention(q, k, v, scale=scale)[0]
+        else:
+            out[row] = _softcapped(q, k, v, None, scale, softcap)[0]
+    return out.view(B, N, H)
+
+
+def _causal_mask(start_B: Tensor, T: int, context: int, window: int | None) -> Tensor:
+    """True where token t of a row may attend to position s; [B, 1, T, S]."""
+    positions_BT1 = (start_B[:, None] + torch.arange(T, device=start_B.device))[:, :, None]
+    positions_S = torch.arange(context, device=start_B.device)
+    mask = positions_S <= positions_BT1
+    if window is not None:
+        mask &= positions_S > positions_BT1 - window
+    return mask[:, None]
+
+
+def _softcapped(
+    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor | None, scale: float, softcap: float
+) -> Tensor:
+    """Attention whose scores are bounded by tanh, as Gemma 2's are; the softmax in float32."""
+    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+    k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, dim=1), v_BKSH.repeat_interleave(groups, dim=1)
+    scores = torch.tanh(q_BNTH @ k_BNSH.transpose(2, 3) * (scale / softcap)) * softcap
+    if mask_B1TS is not None:
+        scores = scores.masked_fill(~mask_B1TS, float("-inf"))
+    return scores.softmax(-1, dtype=torch.float32).to(v_BNSH.dtype) @ v_BNSH
+
+
+_prefill_op = torch.library.custom_op("torchchat::prefill_attention", prefill_attention, mutates_args=())
+_decode_op = torch.library.custom_op("torchchat::decode_attention", decode_attention, mutates_args=())
+
+
+@_prefill_op.register_fake
+def _(q_BTNH: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q_BTNH, memory_format=torch.contiguous_format)
+
+
+@_decode_op.register_fake
+def _(q_BNH: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q_BNH, memory_format=torch.contiguous_format)

@@ -1,0 +1,56 @@
+"""The keys and values of what was read so far: one preallocated pair of tensors a layer, written by index.
+
+Knows shapes and rotary frequencies; does not know which sequence sits in which slot.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig, RopeConfig
+from model.rope import rope_frequencies
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """`keys[i]`, `values[i]`: [num_slots, num_key_value_heads, max_seq_len, head_dim] of layer i.
+
+    `frequencies`: for each distinct rotary embedding of the model its inverse frequencies, float32 [rotary_dim / 2]. They
+    live here because LongRoPE chooses them by `max_seq_len`: fixed for the life of a cache, so that a prompt read in
+    pieces gives what it gives read whole.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    frequencies: list[Tensor]
+    max_seq_len: int
+
+    @classmethod
+    def create(
+        cls, config: ModelConfig, num_slots: int, max_seq_len: int, device: torch.device | str, dtype: torch.dtype
+    ) -> "KVCache":
+        """An empty cache for `num_slots` sequences of at most `max_seq_len` tokens."""
+        shape = (num_slots, config.num_key_value_heads, max_seq_len, config.head_dim)
+        # Zeros, not empty: what is past a sequence's end is masked, but 0 * NaN would not be.
+        keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in config.layers]
+        values = [torch.zeros(shape, device=device, dtype=dtype) for _ in config.layers]
+        frequencies = [
+            rope_frequencies(rope, config.head_dim, max_seq_len, config.max_position_embeddings)[0].to(device)
+            for rope in distinct_ropes(config)
+        ]
+        return cls(keys, values, frequencies, max_seq_len)
+
+    @property
+    def num_slots(self) -> int:
+        return self.keys[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values together."""
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
+
+
+def distinct_ropes(config: ModelConfig) -> list[RopeConfig]:
+    """The rotary embeddings of a model, each once, in the order of the layers that use them first."""
+    return list(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))

@@ -1,0 +1,181 @@
+"""The Transformer, the one architecture that every family is a configuration of. It knows nothing of files, text or requests.
+
+Shapes in names: B batch, T tokens of each row, D hidden size, F feed-forward size, N heads, K key/value heads, H head size,
+V vocabulary.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.attention import attend
+from model.config import LayerConfig, ModelConfig
+from model.kv_cache import KVCache, distinct_ropes
+from model.linear import Linear
+from model.rope import attention_factor, cos_sin, rotate
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 inside (Zhang and Sennrich, arXiv:1910.07467); Gemma's multiplies by 1 + weight."""
+
+    def __init__(self, dim: int, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = config.rms_norm_eps
+        self.plus_one = config.norm_plus_one
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.plus_one:
+            return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + 1, self.eps).to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over the cache; q, k and v come out of one matrix."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim = config.head_dim
+        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        self.qkv_proj = Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
+        self.q_norm = RMSNorm(self.head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_dim, config) if config.qk_norm else None
+        self.scale = config.attention_scale if config.attention_scale is not None else self.head_dim**-0.5
+        self.softcap = config.attention_softcap
+        self.window = config.sliding_window if layer.attention == "sliding" else None
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        start_B: Tensor,
+        slots_B: Tensor,
+        context: int,
+    ) -> Tensor:
+        B, T, _ = x_BTD.shape
+        heads_BTNH = self.qkv_proj(x_BTD).view(B, T, -1, self.head_dim)
+        q_BTNH, k_BTKH, v_BTKH = heads_BTNH.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        if rotation is not None:
+            q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
+        out_BTNH = attend(
+            q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, self.scale, self.window, self.softcap
+        )
+        return self.o_proj(out_BTNH.reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """The gated feed-forward, down(act(gate(x)) * up(x)); gate and up are one matrix (Shazeer, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.activation = ACTIVATIONS[config.hidden_act]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
+        return self.down_proj(self.activation(gate_BTF) * up_BTF)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and added to the residual."""
+
+    def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.attention = Attention(config, layer)
+        self.attention_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
+        self.ffn_norm = RMSNorm(config.hidden_size, config)
+        self.feed_forward = FeedForward(config)
+        self.ffn_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
+        self.residual_multiplier = config.residual_multiplier
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor] | None,
+        keys: Tensor,
+        values: Tensor,
+        start_B: Tensor,
+        slots_B: Tensor,
+        context: int,
+    ) -> Tensor:
+        attended_BTD = self.attention(self.attention_norm(x_BTD), rotation, keys, values, start_B, slots_B, context)
+        x_BTD = self._add(x_BTD, attended_BTD, self.attention_post_norm)
+        return self._add(x_BTD, self.feed_forward(self.ffn_norm(x_BTD)), self.ffn_post_norm)
+
+    def _add(self, x_BTD: Tensor, update_BTD: Tensor, post_norm: RMSNorm | None) -> Tensor:
+        if post_norm is not None:
+            update_BTD = post_norm(update_BTD)
+        if self.residual_multiplier != 1.0:
+            update_BTD = update_BTD * self.residual_multiplier
+        return x_BTD + update_BTD
+
+
+class Transformer(nn.Module):
+    """Token ids in, logits out. Build it under `torch.device("meta")` and let the loader fill it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.norm = RMSNorm(config.hidden_size, config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        ropes = distinct_ropes(config)
+        self._rope_scales = [attention_factor(rope, config.max_position_embeddings) for rope in ropes]
+        self._rope_of_layer = [None if layer.rope is None else ropes.index(layer.rope) for layer in config.layers]
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        start_B: Tensor,
+        cache: KVCache,
+        slots_B: Tensor,
+        context: int,
+        logits_at_B: Tensor | None = None,
+    ) -> Tensor:
+        """Reads tokens, writes their keys and values into the cache, and gives the logits of what may follow.
+
+        tokens_BT: int64 token ids. start_B: int64, the position of each row's first token. slots_B: int64, the row of the cache
+        that each row of the batch lives in, each a different one. context: max(start_B) + T, known to the host so that
+        nothing waits for the device. logits_at_B: the index in T of the one position of each row whose logits are wanted.
+        Returns float32 [B, V] with `logits_at_B`, else [B, T, V]. Rows may be padded on the right: what padding writes is
+        past the row's end and is overwritten before it is ever attended to.
+        """
+        T = tokens_BT.shape[1]
+        positions_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
+        rotations = [
+            cos_sin(frequencies, positions_BT, scale)
+            for frequencies, scale in zip(cache.frequencies, self._rope_scales, strict=True)
+        ]
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.config.embedding_multiplier != 1.0:
+            # Rounded to the model's dtype first, as in training.
+            x_BTD = x_BTD * torch.full((), self.config.embedding_multiplier, dtype=x_BTD.dtype, device=x_BTD.device)
+        for i, layer in enumerate(self.layers):
+            rope = self._rope_of_layer[i]
+            rotation = None if rope is None else rotations[rope]
+            x_BTD = layer(x_BTD, rotation, cache.keys[i], cache.values[i], start_B, slots_B, context)
+        if logits_at_B is not None:
+            x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B].unsqueeze(1)
+        logits = self.lm_head(self.norm(x_BTD)).float()
+        if self.config.logits_divisor != 1.0:
+            logits = logits / self.config.logits_divisor
+        if self.config.logits_softcap is not None:
+            logits = torch.tanh(logits / self.config.logits_softcap) * self.config.logits_softcap
+        return logits.squeeze(1) if logits_at_B is not None else logits

@@ -1,6 +1,8 @@
 """What a person asked for, frozen and checked: how to build the model, how to sample. Knows no flags and no torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from config.errors import UserError
 
@@ -82,6 +84,22 @@ class SamplingParams:
         for text in self.stop:
             if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_LENGTH:
                 raise UserError(f"stop takes texts of 1 to {MAX_STOP_LENGTH} characters, not {shorten(repr(text))}")
+
+    @classmethod
+    def from_generation_config(cls, entries: Mapping[str, object], source: str) -> "SamplingParams":
+        """What a model's generation_config.json recommends, over our defaults; `source` names it in errors.
+
+        `do_sample: false` means temperature 0. Only the settings that we have are read: the rest of that file speaks
+        of Transformers' other ways to search, and of token ids that the tokenizer knows.
+        """
+        names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        found: dict[str, Any] = {name: entries[name] for name in names if entries.get(name) is not None}
+        if entries.get("do_sample") is False:
+            found["temperature"] = 0.0
+        try:
+            return cls(**found)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
 
 
 def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

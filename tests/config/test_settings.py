@@ -80,6 +80,24 @@ def test_build_settings_say_what_is_allowed(bad, named):
         BuildSettings(model="default", **bad)
 
 
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ({}, SamplingParams()),
+        ({"do_sample": True, "temperature": 0.6, "eos_token_id": [1, 2]}, SamplingParams(temperature=0.6)),
+        ({"do_sample": False, "temperature": 0.6}, SamplingParams(temperature=0.0)),
+        ({"top_k": None, "max_new_tokens": 7}, SamplingParams(max_new_tokens=7)),
+    ],
+)
+def test_a_model_recommends_its_sampling(entries, expected):
+    assert SamplingParams.from_generation_config(entries, "generation_config.json") == expected
+
+
+def test_a_wrong_recommendation_names_its_file():
+    with pytest.raises(UserError, match=r"^m/generation_config\.json: top_p must be"):
+        SamplingParams.from_generation_config({"top_p": 7}, "m/generation_config.json")
+
+
 def test_shorten_keeps_one_line():
     assert shorten("a\nb") == "a b"
     assert len(shorten("x" * 500)) == 80

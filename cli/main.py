@@ -1,0 +1,104 @@
+"""The command table and what happens around a command: parsing, errors as one line, exit codes. Imports no torch.
+
+Exit codes: 0 done, 1 the machine failed (a full disk), 2 the person can mend it, 130 Ctrl-C, 141 the reader went away.
+"""
+
+import io
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib import import_module
+
+from cli.console import print_error
+from cli.options import Parser, did_you_mean
+from config import __version__
+from config.errors import UserError
+
+COMMANDS = {
+    "generate": ("write text from a prompt", "cli.generate"),
+    "bench": ("measure loading, compiling, prefill and decode on this machine", "cli.bench"),
+}
+"""Name -> (one line of help, the module that runs it: `add_arguments(parser)` and `run(args) -> int`)."""
+
+DESCRIPTION = """\
+Run a language model on the machine you have, customized four ways: compilation, quantization, precision, device.
+Without a MODEL a small one that ships with torchchat is used."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line (by default this process's) and return its exit code."""
+    debug = os.environ.get("TORCHCHAT_DEBUG", "") not in ("", "0")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" rather than a traceback
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # What is still buffered must not raise again when the interpreter flushes it on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:  # a full disk, a file that may not be read: its own text says which
+        if debug:
+            traceback.print_exc()
+        print_error(str(error))
+        return 1
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] not in COMMANDS:
+        return _run_without_command(argv)
+    name = argv[0]
+    help_line, module_name = COMMANDS[name]
+    runner = import_module(module_name)
+    parser = Parser(prog=f"torchchat {name}", description=help_line[0].upper() + help_line[1:] + ".")
+    runner.add_arguments(parser)
+    try:
+        args = parser.parse(argv[1:])
+    except SystemExit as stop:  # argparse has shown the help
+        return int(stop.code or 0)
+    return int(runner.run(args))
+
+
+def _run_without_command(argv: list[str]) -> int:
+    see = "torchchat --help lists what there is"
+    if not argv:
+        raise UserError(f"which command? one of {', '.join(COMMANDS)}; {see}")
+    first = argv[0]
+    if first in ("-h", "--help"):
+        print(_help())
+        return 0
+    if first == "--version":
+        print(f"torchchat {__version__}")
+        return 0
+    if first.startswith("-"):
+        raise UserError(f"the command comes before its options, as in: torchchat {next(iter(COMMANDS))} {first}; {see}")
+    raise UserError(f"unknown command {first!r}{did_you_mean(first, COMMANDS)}; {see}")
+
+
+def _help() -> str:
+    commands = "\n".join(f"  {name:<10} {line}" for name, (line, _) in COMMANDS.items())
+    return f"""\
+usage: torchchat COMMAND [MODEL] [options]
+
+{DESCRIPTION}
+
+commands:
+{commands}
+
+options:
+  -h, --help  show this, or with a COMMAND before it all options of that command
+  --version   show the version
+
+environment:
+  TORCHCHAT_CACHE_DIR  where compiled code and measurements are kept between runs
+  TORCHCHAT_DEBUG=1    show a traceback with every error
+  TORCHCHAT_DEVICE, TORCHCHAT_DTYPE, …  defaults for options; each command's help names them"""

@@ -1,0 +1,108 @@
+"""One step of a model: prefill() and decode(), forward and sample, as free functions of tensors. These get compiled;
+they know no sequences, wait for nothing, and change nothing but the cache and the DecodeState that they are given.
+
+Shapes in names: B rows of a batch, T tokens, S slots, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from generate.sampling import RowParams, SamplingPlan, penalize, sample
+from model.kv_cache import KVCache
+
+
+class LanguageModel(Protocol):
+    """What a step asks of a model: `Transformer.forward`."""
+
+    def __call__(
+        self,
+        tokens_BT: Tensor,
+        start_B: Tensor,
+        cache: KVCache,
+        slots_B: Tensor,
+        context: int,
+        logits_at_B: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class DecodeState:
+    """Where each slot stands, on the device: the next step can be issued before the last one's token was read.
+
+    tokens, positions: int64 [S], the newest token of each slot and the position that it will be read at. advance: int64
+    [S], by how much a step moves a position: 1, and 0 for the scratch slot, which so stays at 0. seen: bool [S, V], the
+    tokens of prompt and answer, kept for slots with a repetition penalty.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    advance: Tensor
+    params: RowParams
+    seen: Tensor
+
+    @classmethod
+    def create(
+        cls, num_slots: int, vocab_size: int, device: torch.device | str, scratch_slot: int | None = None
+    ) -> "DecodeState":
+        advance = torch.ones(num_slots, dtype=torch.int64, device=device)
+        if scratch_slot is not None:
+            advance[scratch_slot] = 0
+        return cls(
+            tokens=torch.zeros(num_slots, dtype=torch.int64, device=device),
+            positions=torch.zeros(num_slots, dtype=torch.int64, device=device),
+            advance=advance,
+            params=RowParams.create(num_slots, device),
+            seen=torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device),
+        )
+
+
+def prefill(
+    model: LanguageModel,
+    cache: KVCache,
+    state: DecodeState,
+    tokens_1T: Tensor,
+    start_1: Tensor,
+    slots_1: Tensor,
+    last_1: Tensor,
+    context: int,
+    plan: SamplingPlan,
+) -> Tensor:
+    """Reads one chunk of one prompt into the cache and samples the token after it, int64 [1].
+
+    start_1: position of the chunk's first token. last_1: index in T of its last real token; what is right of it is
+    padding. context: start + T. After any chunk but the last the token means nothing: give such a chunk the greedy
+    plan, which leaves no trace of it that the next chunk does not overwrite.
+    """
+    logits_1V = model(tokens_1T, start_1, cache, slots_1, context, last_1)
+    return _sample_into(state, logits_1V, slots_1, start_1 + last_1 + 1, plan)
+
+
+def decode(model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan) -> Tensor:
+    """Reads the newest token of each row and samples the next, int64 [B]. All arguments are the same from step to step.
+
+    slots_B: the slot of each row; only the scratch slot may come more than once.
+    """
+    positions_B = state.positions[slots_B]
+    # The context is only a bound here: how far to read the cache, a single token knows from its position.
+    logits_BV = model(
+        state.tokens[slots_B][:, None], positions_B, cache, slots_B, cache.max_seq_len, torch.zeros_like(slots_B)
+    )
+    return _sample_into(state, logits_BV, slots_B, positions_B + state.advance[slots_B], plan)
+
+
+def _sample_into(
+    state: DecodeState, logits_BV: Tensor, slots_B: Tensor, positions_B: Tensor, plan: SamplingPlan
+) -> Tensor:
+    """Samples the tokens at `positions_B` and notes them in the state."""
+    params = state.params.at(slots_B)
+    if plan.penalties:
+        logits_BV = penalize(logits_BV, state.seen[slots_B], params.repetition_penalty)
+    tokens_B = sample(logits_BV, positions_B, params, plan)
+    if plan.penalties:
+        state.seen[slots_B, tokens_B] = True
+    state.tokens[slots_B] = tokens_B
+    state.positions[slots_B] = positions_B
+    return tokens_B

@@ -84,7 +84,9 @@ class Utf8Tokenizer:
         return bytes(i for i in ids if i < 256)
 
 
-def make_engine(model=None, *, max_num_seqs: int = 1, max_seq_len: int = 64, vocab_size: int = VOCAB, **options) -> Engine:
+def make_engine(
+    model=None, *, max_num_seqs: int = 1, max_seq_len: int = 64, vocab_size: int = VOCAB, **options
+) -> Engine:
     return Engine(
         RecallModel(vocab_size) if model is None else model,
         make_cache(max_num_seqs, max_seq_len),

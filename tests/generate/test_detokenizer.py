@@ -1,4 +1,8 @@
-"""However text is cut into tokens, the text that comes out is the same, whole characters only, up to the first stop string."""
+"""However text is cut into tokens, the text that comes out is the same, whole characters only, up to the first stop
+string.
+"""
+
+import itertools
 
 import pytest
 from hypothesis import given
@@ -9,7 +13,7 @@ from generate.detokenizer import Detokenizer
 
 def cut(data: bytes, at: list[int]) -> list[bytes]:
     ends = sorted({min(i, len(data)) for i in at} | {0, len(data)})
-    return [data[a:b] for a, b in zip(ends, ends[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def pieces(parts: list[bytes], stop: tuple[str, ...] = ()) -> list[str]:

@@ -23,7 +23,12 @@ def test_prompts_are_read_in_chunks_before_anybody_decodes() -> None:
     a, b, c = sequence(0, prompt=9), sequence(1), sequence(2)
     for s in (a, b, c):
         scheduler.add(s)
-    assert [scheduler.schedule() for _ in range(4)] == [Prefill(a, 0, 4), Prefill(a, 4, 8), Prefill(a, 8, 9), Prefill(b, 0, 3)]
+    assert [scheduler.schedule() for _ in range(4)] == [
+        Prefill(a, 0, 4),
+        Prefill(a, 4, 8),
+        Prefill(a, 8, 9),
+        Prefill(b, 0, 3),
+    ]
     assert (a.slot, b.slot, c.status) == (0, 1, SequenceStatus.WAITING)
     assert scheduler.schedule() == Decode((a, b), (0, 1))
     assert scheduler.schedule() is None  # both were told to make all they may; nothing more until results are read

@@ -1,0 +1,240 @@
+"""Which files hold a model's weights, and in which format: known from names and first bytes, not by trying.
+
+Reads directories, indexes and headers; does not know torch, nor what a tensor is for.
+"""
+
+import json
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from config.errors import UserError
+
+Format = Literal["safetensors", "torch", "meta", "llama2c"]
+
+SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
+TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+
+MAX_INDEX_BYTES = 64 << 20
+ZIP_MAGIC = b"PK\x03\x04"
+LLAMA2C_VERSIONED_MAGIC = b"24ka"  # 0x616B3432, little-endian: llama2.c's later, versioned export
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The files that hold the weights; for a checkpoint with an index, which of them each tensor is in."""
+
+    format: Format
+    files: tuple[Path, ...]
+    index: Path | None = None
+    weight_map: Mapping[str, Path] | None = None
+
+
+@dataclass(frozen=True)
+class Llama2cHeader:
+    """The header of a llama2.c `.bin`, version 0: seven int32. A negative vocabulary size means an untied output."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+
+    SIZE = 28
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+def find_checkpoint(path: Path) -> CheckpointFiles:
+    """The weights in a directory, or in a file. Safetensors come first where several formats lie together.
+
+    Raises UserError when there is nothing, a file that an index names is missing, or a file is something else.
+    """
+    if path.is_dir():
+        return _in_directory(path)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or directory")
+    return CheckpointFiles(_format_of_file(path), (path,))
+
+
+def _in_directory(path: Path) -> CheckpointFiles:
+    for single, index, kind in ((SAFETENSORS, SAFETENSORS_INDEX, "safetensors"), (TORCH, TORCH_INDEX, "torch")):
+        if (path / single).exists():
+            return CheckpointFiles(_expect(path / single, kind), (path / single,))
+        if (path / index).exists():
+            return _indexed(path / index, kind)
+    if shards := sorted(path.glob("consolidated.*.pth")):
+        return CheckpointFiles("meta", _all_shards(shards))
+    if candidates := sorted(p for p in path.iterdir() if p.suffix in (".bin", ".pt") and p.name != "tokenizer.bin"):
+        if len(candidates) > 1:
+            names = ", ".join(p.name for p in candidates)
+            raise UserError(f"{path}: several files could be the weights ({names}); name the one that you mean")
+        return CheckpointFiles(_format_of_file(candidates[0]), (candidates[0],))
+    raise UserError(
+        f"{path}: no weights here; looked for {SAFETENSORS}, {TORCH} (or their index), consolidated.*.pth "
+        "and llama2.c's *.bin or *.pt"
+    )
+
+
+def _indexed(index: Path, kind: str) -> CheckpointFiles:
+    weight_map = read_json(index, MAX_INDEX_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no 'weight_map'; it is not the index of a sharded checkpoint")
+    files: dict[str, Path] = {}
+    for name, shard in weight_map.items():
+        # A shard is a file beside its index and nothing else: the name comes from whoever made the checkpoint.
+        if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.-]*", shard):
+            raise UserError(f"{index}: says that {name!r} is in {shard!r}, which is not the name of a file beside it")
+        if shard not in files:
+            files[shard] = index.parent / shard
+            if not files[shard].is_file():
+                raise UserError(f"{files[shard]}: missing, though {index.name} says that it holds {name!r}")
+            _expect(files[shard], kind)
+    found: Format = "safetensors" if kind == "safetensors" else "torch"
+    return CheckpointFiles(found, tuple(files.values()), index, {n: files[s] for n, s in weight_map.items()})
+
+
+def _all_shards(shards: list[Path]) -> tuple[Path, ...]:
+    """Meta's pieces, numbered from 00 without a hole."""
+    for number, shard in enumerate(shards):
+        expected = shard.parent / f"consolidated.{number:02d}.pth"
+        if shard != expected:
+            raise UserError(f"{expected}: missing, though {shards[-1].name} is there")
+        _expect(shard, "torch")
+    return tuple(shards)
+
+
+def _format_of_file(path: Path) -> Format:
+    if re.fullmatch(r"consolidated\.\d+\.pth", path.name):
+        _expect(path, "torch")
+        return "meta"
+    if path.name.endswith(".index.json"):
+        raise UserError(f"{path}: is the index of a checkpoint; give the directory that it is in")
+    head = first_bytes(path)
+    if head.startswith(ZIP_MAGIC):
+        return "torch"
+    if path.suffix == ".bin":
+        if head.startswith(LLAMA2C_VERSIONED_MAGIC):
+            raise UserError(f"{path}: is a llama2.c export of version 1 or 2; export it again with version 0")
+        if is_llama2c(path):
+            return "llama2c"
+    if path.suffix == ".safetensors":
+        return _expect(path, "safetensors")
+    raise wrong_file(path, "weights in a format that is known here (safetensors, PyTorch, llama2.c)")
+
+
+def _expect(path: Path, kind: str) -> Format:
+    """The format of `path`, which its name says is `kind`."""
+    head = first_bytes(path)
+    if kind == "safetensors":
+        # Eight bytes of length, then a JSON object. What is too short is told apart by the reader, as truncated.
+        if len(head) > 8 and head[8:9] != b"{":
+            raise wrong_file(path, "a safetensors file")
+        return "safetensors"
+    if not head.startswith(ZIP_MAGIC):
+        if head.startswith(b"\x80"):
+            raise UserError(f"{path}: is in PyTorch's old format, from before 1.6; save it again, best as safetensors")
+        raise wrong_file(path, "a PyTorch checkpoint")
+    return "torch"
+
+
+def first_bytes(path: Path, count: int = 64) -> bytes:
+    """The first bytes of a file. Raises UserError when it cannot be read or is empty."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(count)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if not head:
+        raise UserError(f"{path}: is empty; get it again")
+    return head
+
+
+def wrong_file(path: Path, wanted: str) -> UserError:
+    """The error for a file that is not what its name says, with a guess at what it is."""
+    head = first_bytes(path).lstrip()
+    if head.startswith(b"version https://git-lfs"):
+        return UserError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` there or get it again")
+    if head[:1] == b"<":
+        return UserError(f"{path}: is a web page, not {wanted}; get the file itself")
+    return UserError(f"{path}: is not {wanted}; it begins with {head[:8]!r}")
+
+
+def read_json(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
+    """The JSON object in a file of at most `limit` bytes. Raises UserError when it is missing or anything else."""
+    try:
+        if path.stat().st_size > limit:
+            raise UserError(f"{path}: is larger than {limit >> 20} MiB, too large for what it should be")
+        value = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        if first_bytes(path).lstrip()[:1] != b"{":
+            raise wrong_file(path, "JSON") from None
+        raise UserError(f"{path}: is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds JSON, but not an object")
+    return value
+
+
+def is_llama2c(path: Path) -> bool:
+    """Whether a file begins like a llama2.c `.bin`: seven plausible numbers."""
+    head = first_bytes(path, Llama2cHeader.SIZE)
+    if len(head) < Llama2cHeader.SIZE:
+        return False
+    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("<7i", head)
+    positive = min(dim, hidden, layers, heads, kv_heads, length) > 0 and vocab != 0
+    small = max(dim, hidden, abs(vocab), length) < 1 << 24 and max(layers, heads) < 1 << 14
+    return bool(positive and small and dim % heads == 0 and heads % kv_heads == 0 and (dim // heads) % 2 == 0)
+
+
+def read_llama2c_header(path: Path) -> Llama2cHeader:
+    """The dimensions of a llama2.c `.bin`. Raises UserError when the file does not begin with them."""
+    if not is_llama2c(path):
+        raise wrong_file(path, "a llama2.c model")
+    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("<7i", first_bytes(path, Llama2cHeader.SIZE))
+    return Llama2cHeader(dim, hidden, layers, heads, kv_heads, abs(vocab), length, tie_word_embeddings=vocab > 0)
+
+
+def llama2c_layout(header: Llama2cHeader) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Where each tensor of a llama2.c `.bin` is: Meta's name -> (offset in float32 values after the header, shape).
+
+    The order is that of llama2.c's `memory_map_weights`: each kind of tensor for all layers in turn, then two tables
+    of the rotary embedding that nobody needs, then the output where it is untied. The last entry, "", is the end.
+    """
+    dim, hidden, vocab = header.hidden_size, header.intermediate_size, header.vocab_size
+    kv_dim = header.num_key_value_heads * header.head_dim
+    per_layer: tuple[tuple[str, tuple[int, ...]], ...] = (
+        ("attention_norm", (dim,)),
+        ("attention.wq", (dim, dim)),
+        ("attention.wk", (kv_dim, dim)),
+        ("attention.wv", (kv_dim, dim)),
+        ("attention.wo", (dim, dim)),
+        ("ffn_norm", (dim,)),
+        ("feed_forward.w1", (hidden, dim)),
+        ("feed_forward.w2", (dim, hidden)),
+        ("feed_forward.w3", (hidden, dim)),
+    )
+    layout: dict[str, tuple[int, tuple[int, ...]]] = {"tok_embeddings.weight": (0, (vocab, dim))}
+    at = vocab * dim
+    for name, shape in per_layer:
+        for layer in range(header.num_hidden_layers):
+            layout[f"layers.{layer}.{name}.weight"] = (at, shape)
+            at += shape[0] * (shape[1] if len(shape) > 1 else 1)
+    layout["norm.weight"] = (at, (dim,))
+    at += dim + header.max_position_embeddings * header.head_dim
+    if not header.tie_word_embeddings:
+        layout["output.weight"] = (at, (vocab, dim))
+        at += vocab * dim
+    layout[""] = (at, ())
+    return layout

@@ -1,0 +1,158 @@
+"""The tensors of a checkpoint, each read by itself from its mapped file. Knows formats; not what a tensor is for."""
+
+import json
+import math
+import os
+import pickle
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from config.errors import UserError
+from model.checkpoint import CheckpointFiles, Llama2cHeader, llama2c_layout, read_llama2c_header
+
+# Safetensors' names of the types that weights may have here.
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a file. `dtype` is as the file spells it where that is no type of ours (`FLOAT_TYPES`)."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | str
+    read: Callable[[], Tensor]
+    """Maps the tensor, on the CPU: its pages are read when it is used and are not this process's own memory."""
+
+
+# A tensor of Meta's checkpoints may be in several files, a piece in each.
+StoredTensors = Mapping[str, tuple[StoredTensor, ...]]
+
+
+def open_checkpoint(checkpoint: CheckpointFiles) -> StoredTensors:
+    """Every tensor of a checkpoint by its own name; the headers are read and checked, the tensors are not read.
+
+    Raises UserError for a file that is damaged, cut short or holds something else than tensors.
+    """
+    readers = {"safetensors": _open_safetensors, "torch": _open_torch, "meta": _open_torch, "llama2c": _open_llama2c}
+    read = readers[checkpoint.format]
+    tensors: dict[str, tuple[StoredTensor, ...]] = {}
+    for file in checkpoint.files:
+        for name, tensor in read(file).items():
+            if checkpoint.format == "meta":
+                tensors[name] = (*tensors.get(name, ()), tensor)
+            elif name in tensors:
+                raise UserError(f"{file}: holds tensor {name!r}, which {tensors[name][0].file.name} holds too")
+            else:
+                tensors[name] = (tensor,)
+    for name, file in (checkpoint.weight_map or {}).items():
+        if name not in tensors or tensors[name][0].file != file:
+            raise UserError(f"{file}: does not hold tensor {name!r}, which the index says is there")
+    return tensors
+
+
+def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
+    def reader(name: str) -> Callable[[], Tensor]:
+        def read() -> Tensor:
+            # Opened anew for each tensor, so that the mapping and its pages go when the tensor does.
+            with safe_open(file, framework="pt") as opened:
+                tensor: Tensor = opened.get_tensor(name)
+            return tensor
+
+        return read
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            tensors = {}
+            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
+                view = opened.get_slice(name)
+                dtype = view.get_dtype()
+                shape = tuple(view.get_shape())
+                tensors[name] = StoredTensor(file, name, shape, SAFETENSORS_DTYPES.get(dtype, dtype), reader(name))
+            return tensors
+    except SafetensorError as error:
+        raise UserError(f"{file}: {_what_is_cut(file) or f'is damaged: {error}'}; get it again") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+
+
+def _what_is_cut(file: Path) -> str | None:
+    """What is missing at the end of a safetensors file; None when that is not what is wrong with it."""
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        prefix = opened.read(8)
+        if len(prefix) < 8:
+            return f"is cut short: {size} bytes are less than a header"
+        (length,) = struct.unpack("<Q", prefix)
+        if length > size - 8:
+            return f"is cut short: its header should be {length} bytes, and {size - 8} are there"
+        try:
+            header = json.loads(opened.read(length))
+            ends = sorted((entry["data_offsets"][1], name) for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+            return None
+    for end, name in ends:
+        if 8 + length + end > size:
+            return f"is cut short in tensor {name!r}: {8 + length + ends[-1][0]} bytes expected, {size} are there"
+    return None
+
+
+def _open_torch(file: Path) -> dict[str, StoredTensor]:
+    """A zip of PyTorch's: a state dict, or llama2.c's training checkpoint, which has one under "model"."""
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"refers to {named[1]}, which is code" if named else "holds something else than tensors"
+        raise UserError(f"{file}: {what}; only plain weights are read from a pickle") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{file}: is damaged or cut short ({reason}); get it again") from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("model"), dict):
+        loaded = loaded["model"]
+    if not isinstance(loaded, dict) or not all(isinstance(name, str) for name in loaded):
+        raise UserError(f"{file}: is no model's state dict, but a {type(loaded).__name__}")
+    tensors: dict[str, StoredTensor] = {}
+    for full_name, value in loaded.items():
+        if not isinstance(value, Tensor):
+            raise UserError(f"{file}: {full_name!r} is no tensor, but a {type(value).__name__}")
+        # What torch.compile puts before the names of a module that it wraps.
+        name = full_name.removeprefix("_orig_mod.")
+        tensors[name] = StoredTensor(file, full_name, tuple(value.shape), value.dtype, _constant(value))
+    return tensors
+
+
+def _constant(tensor: Tensor) -> Callable[[], Tensor]:
+    return lambda: tensor
+
+
+def _open_llama2c(file: Path) -> dict[str, StoredTensor]:
+    header = read_llama2c_header(file)
+    layout = llama2c_layout(header)
+    expected, size = Llama2cHeader.SIZE + 4 * layout.pop("")[0], os.path.getsize(file)
+    if size != expected:
+        at = next((name for name, (start, shape) in layout.items() if 28 + 4 * (start + math.prod(shape)) > size), None)
+        where = f" in tensor {at!r}" if size < expected and at else ""
+        state = "is cut short" if size < expected else "is too long"
+        raise UserError(f"{file}: {state}{where}: its header asks for {expected} bytes, and {size} are there")
+
+    def reader(start: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
+        # The header is seven int32, so that the whole file can be mapped as float32.
+        begin = Llama2cHeader.SIZE // 4 + start
+        return lambda: torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.float32)[
+            begin : begin + math.prod(shape)
+        ].view(shape)
+
+    return {
+        name: StoredTensor(file, name, shape, torch.float32, reader(start, shape))
+        for name, (start, shape) in layout.items()
+    }

@@ -1,0 +1,549 @@
+"""Every format gives the same parameters; every damage is one line; memory is the model plus one tensor."""
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config.errors import UserError
+from model.checkpoint import Llama2cHeader, find_checkpoint, read_llama2c_header
+from model.config import LayerConfig, ModelConfig, RopeConfig
+from model.loader import load_weights
+from model.transformer import Transformer
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    family="llama",
+    vocab_size=48,
+    hidden_size=24,
+    intermediate_size=40,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=16,
+    layers=(LayerConfig("full", RopeConfig()),) * 2,
+)
+State = dict[str, Tensor]
+
+
+def meta_model(config: ModelConfig) -> Transformer:
+    with torch.device("meta"):
+        return Transformer(config)
+
+
+def load(config: ModelConfig, path: Path, dtype: torch.dtype = torch.float32) -> State:
+    model = meta_model(config)
+    load_weights(model, path, CPU, dtype)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    return dict(model.named_parameters())
+
+
+def hf_state(config: ModelConfig, seed: int = 0) -> State:
+    """A random model in Transformers' names, unfused."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    for i in range(len(config.layers)):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}input_layernorm.weight": (hidden,), f"{at}post_attention_layernorm.weight": (hidden,)}
+        if config.post_norms:
+            shapes |= {f"{at}pre_feedforward_layernorm.weight": (hidden,)}
+            shapes |= {f"{at}post_feedforward_layernorm.weight": (hidden,)}
+        shapes |= {f"{at}self_attn.q_proj.weight": (q, hidden), f"{at}self_attn.k_proj.weight": (kv, hidden)}
+        shapes |= {f"{at}self_attn.v_proj.weight": (kv, hidden), f"{at}self_attn.o_proj.weight": (hidden, q)}
+        if config.qkv_bias:
+            shapes |= {f"{at}self_attn.{name}_proj.bias": (rows,) for name, rows in (("q", q), ("k", kv), ("v", kv))}
+        if config.qk_norm:
+            shapes |= {f"{at}self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+        shapes |= {f"{at}mlp.gate_proj.weight": (ffn, hidden), f"{at}mlp.up_proj.weight": (ffn, hidden)}
+        shapes |= {f"{at}mlp.down_proj.weight": (hidden, ffn)}
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def interleave(rows: Tensor, heads: int) -> Tensor:
+    """Transformers' order of rotary rows to Meta's: row i and row i + d/2 of each head become neighbours."""
+    size = rows.shape[0] // heads
+    order = [head * size + half * (size // 2) + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
+    return rows[order]
+
+
+META_NAMES = {
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.up_proj": "feed_forward.w3",
+    "mlp.down_proj": "feed_forward.w2",
+    "embed_tokens": "tok_embeddings",
+    "lm_head": "output",
+}
+
+
+def meta_state(state: State, config: ModelConfig) -> State:
+    renamed: State = {}
+    for name, tensor in state.items():
+        if name.endswith("q_proj.weight"):
+            tensor = interleave(tensor, config.num_attention_heads)
+        if name.endswith("k_proj.weight"):
+            tensor = interleave(tensor, config.num_key_value_heads)
+        new = name.removeprefix("model.")
+        for ours, theirs in META_NAMES.items():
+            new = new.replace(ours, theirs)
+        renamed[new] = tensor.contiguous()
+    return renamed
+
+
+def write_safetensors(path: Path, state: State, config: ModelConfig) -> Path:
+    save_file(state, path / "model.safetensors")
+    return path
+
+
+def write_sharded(path: Path, state: State, save: Callable[[State, Path], None], name: str) -> Path:
+    """Three shards, the tensors dealt out in turn, so that what is fused comes from different files."""
+    stem, suffix = name.split(".")
+    files = [f"{stem}-{i:05d}-of-00003.{suffix}" for i in range(1, 4)]
+    weight_map = {key: files[i % 3] for i, key in enumerate(state)}
+    for file in files:
+        save({key: state[key] for key, where in weight_map.items() if where == file}, path / file)
+    (path / f"{name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return path
+
+
+def write_sharded_safetensors(path: Path, state: State, config: ModelConfig) -> Path:
+    return write_sharded(path, state, lambda part, file: save_file(part, file), "model.safetensors")
+
+
+def write_torch(path: Path, state: State, config: ModelConfig) -> Path:
+    torch.save(state, path / "pytorch_model.bin")
+    return path
+
+
+def write_sharded_torch(path: Path, state: State, config: ModelConfig) -> Path:
+    return write_sharded(path, state, lambda part, file: torch.save(part, file), "pytorch_model.bin")
+
+
+def write_meta(path: Path, state: State, config: ModelConfig) -> Path:
+    torch.save(meta_state(state, config), path / "consolidated.00.pth")
+    return path
+
+
+def write_meta_shards(path: Path, state: State, config: ModelConfig, embedding_dim: int) -> Path:
+    """Two pieces, split as Meta's tensor parallel layers are; `embedding_dim` is 1 in Llama 2 and 0 in Llama 3."""
+    by_columns = ("wo.weight", "w2.weight") + (("tok_embeddings.weight",) if embedding_dim == 1 else ())
+    for i in range(2):
+        part: State = {"rope.freqs": torch.ones(3)}
+        for name, tensor in meta_state(state, config).items():
+            dim = 1 if name.endswith(by_columns) else 0
+            part[name] = tensor.clone() if tensor.dim() == 1 else tensor.chunk(2, dim)[i].clone()
+        torch.save(part, path / f"consolidated.{i:02d}.pth")
+    return path
+
+
+def write_llama2c_bin(path: Path, state: State, config: ModelConfig) -> Path:
+    state = meta_state(state, config)
+    vocab = config.vocab_size if config.tie_word_embeddings else -config.vocab_size
+    n = len(config.layers)
+    file = path / "stories.bin"
+    with file.open("wb") as out:
+        dims = (config.hidden_size, config.intermediate_size, n, config.num_attention_heads)
+        out.write(struct.pack("<7i", *dims, config.num_key_value_heads, vocab, config.max_position_embeddings))
+        names = ["tok_embeddings"]
+        attention = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo")
+        for kind in (*attention, "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
+            names += [f"layers.{i}.{kind}" for i in range(n)]
+        for name in [*names, "norm"]:
+            out.write(state[f"{name}.weight"].numpy().tobytes())
+        out.write(torch.full((config.max_position_embeddings * config.head_dim,), 7.0).numpy().tobytes())
+        if not config.tie_word_embeddings:
+            out.write(state["output.weight"].numpy().tobytes())
+    return file
+
+
+def write_llama2c_pt(path: Path, state: State, config: ModelConfig) -> Path:
+    model = {f"_orig_mod.{name}": tensor for name, tensor in meta_state(state, config).items()}
+    model |= {"_orig_mod.freqs_cos": torch.ones(3), "_orig_mod.freqs_sin": torch.ones(3)}
+    checkpoint = {"model": model, "model_args": {"dim": config.hidden_size}, "iter_num": 3, "best_val_loss": 1.5}
+    torch.save(checkpoint, path / "ckpt.pt")
+    return path / "ckpt.pt"
+
+
+def write_fused(path: Path, state: State, config: ModelConfig) -> Path:
+    """As Phi-3 has them."""
+    fused: State = {}
+    for name, tensor in state.items():
+        for parts, whole in ((("q_proj", "k_proj", "v_proj"), "qkv_proj"), (("gate_proj", "up_proj"), "gate_up_proj")):
+            if parts[0] in name:
+                fused[name.replace(parts[0], whole)] = torch.cat([state[name.replace(parts[0], p)] for p in parts])
+                break
+            if any(part in name for part in parts):
+                break
+        else:
+            fused[name] = tensor
+    return write_safetensors(path, fused, config)
+
+
+WRITERS = {
+    "safetensors": write_safetensors,
+    "sharded safetensors": write_sharded_safetensors,
+    "torch": write_torch,
+    "sharded torch": write_sharded_torch,
+    "meta": write_meta,
+    "meta, 2 pieces as Llama 2": lambda p, s, c: write_meta_shards(p, s, c, 1),
+    "meta, 2 pieces as Llama 3": lambda p, s, c: write_meta_shards(p, s, c, 0),
+    "llama2.c bin": write_llama2c_bin,
+    "llama2.c pt": write_llama2c_pt,
+    "fused": write_fused,
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("format_", WRITERS)
+def test_every_format_gives_the_same_parameters(tmp_path: Path, format_: str, tied: bool) -> None:
+    config = replace(CONFIG, tie_word_embeddings=tied)
+    state = hf_state(config)
+    loaded = load(config, WRITERS[format_](tmp_path, state, config))
+    assert ("lm_head.weight" in loaded) is not tied
+    for i in range(2):
+        theirs, ours = f"model.layers.{i}.", f"layers.{i}."
+        qkv = torch.cat([state[f"{theirs}self_attn.{name}_proj.weight"] for name in "qkv"])
+        gate_up = torch.cat([state[f"{theirs}mlp.{name}_proj.weight"] for name in ("gate", "up")])
+        assert torch.equal(loaded[f"{ours}attention.qkv_proj.weight"], qkv)
+        assert torch.equal(loaded[f"{ours}feed_forward.gate_up_proj.weight"], gate_up)
+        for name, where in {
+            "attention.o_proj": "self_attn.o_proj",
+            "feed_forward.down_proj": "mlp.down_proj",
+            "attention_norm": "input_layernorm",
+            "ffn_norm": "post_attention_layernorm",
+        }.items():
+            assert torch.equal(loaded[f"{ours}{name}.weight"], state[f"{theirs}{where}.weight"]), name
+    assert torch.equal(loaded["embed_tokens.weight"], state["model.embed_tokens.weight"])
+    assert torch.equal(loaded["norm.weight"], state["model.norm.weight"])
+    if not tied:
+        assert torch.equal(loaded["lm_head.weight"], state["lm_head.weight"])
+
+
+def test_tied_weights_stay_one_parameter(tmp_path: Path) -> None:
+    config = replace(CONFIG, tie_word_embeddings=True)
+    model = meta_model(config)
+    # Many tied checkpoints hold the output all the same.
+    state = hf_state(CONFIG)
+    load_weights(model, write_safetensors(tmp_path, state, config), CPU, torch.float32)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def test_gemma_norms_biases_and_head_norms_find_their_places(tmp_path: Path) -> None:
+    config = replace(CONFIG, post_norms=True, qk_norm=True, qkv_bias=True)
+    state = hf_state(config)
+    loaded = load(config, write_safetensors(tmp_path, state, config))
+    for name, where in {
+        "attention_norm.weight": "input_layernorm.weight",
+        "attention_post_norm.weight": "post_attention_layernorm.weight",
+        "ffn_norm.weight": "pre_feedforward_layernorm.weight",
+        "ffn_post_norm.weight": "post_feedforward_layernorm.weight",
+        "attention.q_norm.weight": "self_attn.q_norm.weight",
+        "attention.k_norm.weight": "self_attn.k_norm.weight",
+    }.items():
+        assert torch.equal(loaded[f"layers.1.{name}"], state[f"model.layers.1.{where}"]), name
+    bias = torch.cat([state[f"model.layers.1.self_attn.{name}_proj.bias"] for name in "qkv"])
+    assert torch.equal(loaded["layers.1.attention.qkv_proj.bias"], bias)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "output"),
+    [
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+        ("", "lm_head.weight"),
+    ],
+)
+def test_the_language_model_is_found_in_a_larger_one(tmp_path: Path, prefix: str, output: str) -> None:
+    state = hf_state(CONFIG)
+    inner = {name.replace("model.", prefix, 1): t for name, t in state.items() if name != "lm_head.weight"}
+    inner[output] = state["lm_head.weight"]
+    inner |= {"vision_tower.layers.0.weight": torch.ones(2), "model.vision_tower.x": torch.ones(2)}
+    inner["multi_modal_projector.weight"] = torch.ones(3)
+    inner[f"{prefix}layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(3)
+    (tmp_path / "plain").mkdir()
+    expected = load(CONFIG, write_safetensors(tmp_path / "plain", state, CONFIG))
+    loaded = load(CONFIG, write_safetensors(tmp_path, inner, CONFIG))
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.float16, torch.bfloat16])
+def test_weights_are_rounded_once_to_the_wanted_type(tmp_path: Path, stored: torch.dtype, wanted: torch.dtype) -> None:
+    state = {name: tensor.to(stored) for name, tensor in hf_state(CONFIG).items()}
+    loaded = load(CONFIG, write_safetensors(tmp_path, state, CONFIG), wanted)
+    assert {tensor.dtype for tensor in loaded.values()} == {wanted}
+    assert torch.equal(loaded["lm_head.weight"], state["lm_head.weight"].to(wanted))
+
+
+def test_what_is_loaded_is_independent_of_the_file(tmp_path: Path) -> None:
+    state = hf_state(CONFIG)
+    loaded = load(CONFIG, write_safetensors(tmp_path, state, CONFIG))
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.write(b"\xff" * file.stat().st_size)
+    assert torch.equal(loaded["norm.weight"], state["model.norm.weight"])
+
+
+def test_safetensors_win_over_other_formats(tmp_path: Path) -> None:
+    write_torch(tmp_path, hf_state(CONFIG, seed=1), CONFIG)
+    state = hf_state(CONFIG, seed=2)
+    write_sharded_safetensors(tmp_path, state, CONFIG)
+    assert torch.equal(load(CONFIG, tmp_path)["norm.weight"], state["model.norm.weight"])
+
+
+def test_callbacks_hear_of_each_tensor_and_each_complete_module(tmp_path: Path) -> None:
+    config = replace(CONFIG, tie_word_embeddings=True, qkv_bias=True)
+    model = meta_model(config)
+    tensors: list[str] = []
+    modules: list[str] = []
+
+    def on_module(name: str, module: nn.Module) -> None:
+        assert not any(parameter.is_meta for parameter in module.parameters(recurse=False))
+        modules.append(name)
+
+    path = write_safetensors(tmp_path, hf_state(config), config)
+    load_weights(model, path, CPU, torch.float32, tensors.append, on_module)
+    assert sorted(tensors) == sorted(name for name, _ in model.named_parameters())
+    expected = [name for name, m in model.named_modules() if list(m.parameters(recurse=False))]
+    assert modules == expected
+
+
+def test_a_module_may_be_replaced_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    """What `on_module` throws away is gone: nothing else keeps the large tensor."""
+    import weakref
+
+    model = meta_model(CONFIG)
+    alive: list[weakref.ref[Tensor]] = []
+
+    def shrink(name: str, module: nn.Module) -> None:
+        assert sum(ref() is not None for ref in alive) <= 1
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            alive.append(weakref.ref(parameter))
+            setattr(module, key, nn.Parameter(torch.zeros(1), requires_grad=False))
+
+    load_weights(model, write_safetensors(tmp_path, hf_state(CONFIG), CONFIG), CPU, torch.float32, on_module=shrink)
+    assert sum(ref() is not None for ref in alive) == 0
+
+
+def test_the_llama2c_header_is_read(tmp_path: Path) -> None:
+    file = write_llama2c_bin(tmp_path, hf_state(CONFIG), CONFIG)
+    assert read_llama2c_header(file) == Llama2cHeader(24, 40, 2, 4, 2, 48, 16, False)
+    assert find_checkpoint(tmp_path).files == (file,)
+
+
+# What is damaged, and what the one line says.
+
+
+def refused(config: ModelConfig, path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load(config, path)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def cut(file: Path, keep: float) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep)])
+
+
+@pytest.mark.parametrize(("keep", "says"), [(0.0001, "cut short"), (0.02, "header"), (0.5, "in tensor 'model.layers.")])
+def test_a_truncated_safetensors_file_is_named(tmp_path: Path, keep: float, says: str) -> None:
+    write_safetensors(tmp_path, hf_state(CONFIG), CONFIG)
+    cut(tmp_path / "model.safetensors", keep)
+    message = refused(CONFIG, tmp_path)
+    assert "model.safetensors" in message
+    assert says in message
+
+
+@pytest.mark.parametrize("format_", ["torch", "meta", "llama2.c pt"])
+@pytest.mark.parametrize("keep", [0.3, 0.9, 0.999])
+def test_a_truncated_zip_is_named(tmp_path: Path, format_: str, keep: float) -> None:
+    path = WRITERS[format_](tmp_path, hf_state(CONFIG), CONFIG)
+    file = path if path.is_file() else next(path.iterdir())
+    cut(file, keep)
+    assert file.name in refused(CONFIG, path)
+
+
+def test_a_llama2c_file_of_the_wrong_size_is_named(tmp_path: Path) -> None:
+    file = write_llama2c_bin(tmp_path, hf_state(CONFIG), CONFIG)
+    size = file.stat().st_size
+    data = file.read_bytes()
+    file.write_bytes(data + b"\0\0\0\0")
+    assert f"too long: its header asks for {size} bytes, and {size + 4} are there" in refused(CONFIG, file)
+    file.write_bytes(data[: size // 2])
+    assert "cut short in tensor 'layers." in refused(CONFIG, file)
+    file.write_bytes(data[:20])
+    assert "is not" in refused(CONFIG, file)
+
+
+def test_a_later_llama2c_export_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(struct.pack("<Ii", 0x616B3432, 1) + bytes(300))
+    assert "version 1 or 2" in refused(CONFIG, tmp_path / "model.bin")
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
+    state = hf_state(CONFIG)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    for change, says in (
+        ({k: v for k, v in state.items() if k != name}, f"tensor '{name}' is missing"),
+        (
+            state | {name: torch.zeros(5, 24)},
+            f"tensor '{name}' has shape [5, 24], where the configuration asks for [12, 24]",
+        ),
+        (state | {name: state[name].T.contiguous()}, "has shape [24, 12], where the configuration asks for [12, 24]"),
+        (state | {name: torch.zeros(())}, "has shape []"),
+        (state | {"model.layers.2.x": torch.zeros(3)}, "tensor 'model.layers.2.x' is no part of the model"),
+        (state | {"model.layers.0.self_attn.q_proj.bias": torch.zeros(24)}, "q_proj.bias' is no part of the model"),
+        (state | {name: state[name].to(torch.int8)}, "is of type I8"),
+        (state | {"model.layers.0.mlp.up_proj.qweight": torch.zeros(2)}, "is quantized already (GPTQ or AWQ"),
+        (state | {name.replace("weight", "weight.absmax"): torch.zeros(2)}, "is quantized already (bitsandbytes"),
+    ):
+        message = refused(CONFIG, write_safetensors(tmp_path, change, CONFIG))
+        assert says in message
+        assert str(tmp_path) in message
+
+
+def test_nothing_is_allocated_for_a_checkpoint_that_does_not_fit(tmp_path: Path) -> None:
+    heard: list[str] = []
+    model = meta_model(CONFIG)
+    state = hf_state(CONFIG) | {"lm_head.weight": torch.zeros(2, 2)}
+    with pytest.raises(UserError):
+        load_weights(model, write_safetensors(tmp_path, state, CONFIG), CPU, torch.float32, heard.append)
+    assert not heard
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_shard_outside_the_directory_is_refused(tmp_path: Path) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    for shard in ("../secret.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", 3, "x\n"):
+        index.write_text(json.dumps({"weight_map": {"a": shard}}))
+        assert "not the name of a file beside it" in refused(CONFIG, tmp_path)
+
+
+def test_missing_shards_and_pieces_are_named(tmp_path: Path) -> None:
+    write_sharded_safetensors(tmp_path, hf_state(CONFIG), CONFIG)
+    second = tmp_path / "model-00002-of-00003.safetensors"
+    data = second.read_bytes()
+    second.unlink()
+    assert "model-00002-of-00003.safetensors: missing" in refused(CONFIG, tmp_path)
+    second.write_bytes((tmp_path / "model-00001-of-00003.safetensors").read_bytes())
+    assert "which model-00001-of-00003.safetensors holds too" in refused(CONFIG, tmp_path)
+    save_file({"other": torch.ones(1)}, second)
+    assert "which the index says is there" in refused(CONFIG, tmp_path)
+    second.write_bytes(data)
+    index = tmp_path / "model.safetensors.index.json"
+    for text, says in (("{}", "weight_map"), ("[1]", "not an object"), ("{", "not valid JSON"), ("<html>", "web page")):
+        index.write_text(text)
+        assert says in refused(CONFIG, tmp_path)
+
+
+def test_missing_meta_pieces_are_named(tmp_path: Path) -> None:
+    write_meta_shards(tmp_path, hf_state(CONFIG), CONFIG, 1)
+    (tmp_path / "consolidated.00.pth").unlink()
+    assert "consolidated.00.pth: missing" in refused(CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "consolidated.00.pth", "a.bin", "a.pt"])
+def test_other_files_are_told_for_what_they_are(tmp_path: Path, name: str) -> None:
+    for data, says in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n", "git-lfs pointer"),
+        (b"<!DOCTYPE html><html><body>not found</body></html>", "web page"),
+        (b"", "is empty"),
+        (b"hello, this is a text and nothing else", "is not"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        message = refused(CONFIG, tmp_path)
+        assert name in message
+        assert says in message
+
+
+def test_what_is_not_there_is_said(tmp_path: Path) -> None:
+    assert "no such file" in refused(CONFIG, tmp_path / "nowhere")
+    assert "no weights here" in refused(CONFIG, tmp_path)
+    for name in ("a.bin", "b.bin"):
+        (tmp_path / name).write_bytes(b"x")
+    assert "several files could be the weights (a.bin, b.bin)" in refused(CONFIG, tmp_path)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        import os
+
+        return os.system, ("touch owned",)
+
+
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Evil()}, tmp_path / "pytorch_model.bin")
+    assert "system, which is code" in refused(CONFIG, tmp_path)
+    assert not (tmp_path / "owned").exists()
+    torch.save({"a": 3}, tmp_path / "pytorch_model.bin")
+    assert "'a' is no tensor" in refused(CONFIG, tmp_path)
+    torch.save([torch.ones(1)], tmp_path / "pytorch_model.bin")
+    assert "is no model's state dict" in refused(CONFIG, tmp_path)
+    torch.save({"a": torch.ones(1)}, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert "old format" in refused(CONFIG, tmp_path)
+
+
+MEASURE = """
+import re, sys, threading, torch
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from tests.model.test_loader import meta_model, big_config, CPU
+from model.loader import load_weights
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+model = meta_model(big_config())
+before, peak, done = anonymous(), 0, threading.Event()
+def sample():
+    global peak
+    while not done.wait(0.0005):
+        peak = max(peak, anonymous())
+thread = threading.Thread(target=sample)
+thread.start()
+load_weights(model, Path(sys.argv[1]), CPU, torch.bfloat16)
+done.set(); thread.join()
+print(max(peak, anonymous()) - before)
+"""
+
+
+def big_config() -> ModelConfig:
+    return replace(
+        CONFIG, vocab_size=8192, hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+        num_key_value_heads=16, head_dim=64,
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("format_", ["sharded safetensors", "torch", "meta, 2 pieces as Llama 2", "llama2.c bin"])
+def test_peak_memory_is_the_model_plus_one_tensor(tmp_path: Path, format_: str) -> None:
+    """200 MB of float32 become 100 MB of bfloat16; the process's own memory holds no more than these and one tensor."""
+    config = big_config()
+    path = WRITERS[format_](tmp_path, hf_state(config), config)
+    root = str(Path(__file__).parents[2])
+    output = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(path), root], capture_output=True, text=True, check=True, cwd=root
+    ).stdout
+    parameters = list(meta_model(config).parameters())
+    model_bytes = sum(2 * parameter.numel() for parameter in parameters)
+    largest_in_file = 4 * config.vocab_size * config.hidden_size
+    assert model_bytes * 0.95 < int(output) < model_bytes + largest_in_file + (8 << 20)

@@ -1,0 +1,193 @@
+"""Settings -> Engine, in named steps. `prepare` does what needs no weights, so that bad input is refused before they
+are read; `build` does the rest. Knows every part and decides nothing that a setting decides.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cli.console import Progress
+from config.errors import UserError
+from config.registry import resolve
+from config.settings import BuildSettings, SamplingParams
+from generate.engine import Engine
+from generate.scheduler import slots_needed
+from generate.stats import Ledger, weight_bytes_per_token
+from model.chat_template import ChatTemplate, load_chat_template
+from model.config import ModelConfig, from_hf, load_config
+from model.device import DeviceChoice, DtypeChoice, resolve_device, resolve_dtype
+from model.kv_cache import KVCache
+from model.loader import load_weights
+from model.tokenizer import Tokenizer, load_tokenizer
+from model.transformer import RMSNorm, Transformer
+
+DEFAULT_CONTEXT = 4096
+"""Positions of the cache when nobody says how many: enough for most, and no surprise in memory."""
+PREFILL_CHUNK = {"cpu": 512, "mps": 512, "cuda": 2048}
+RANDOM_STD = 0.02
+RANDOM_PERIOD = 1_000_003  # prime: no two rows of a matrix repeat each other
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a model before its weights are read. No tokenizer for random weights: nothing they say is
+    text.
+    """
+
+    settings: BuildSettings
+    name: str
+    path: Path | None
+    config: ModelConfig
+    device: DeviceChoice
+    dtype: DtypeChoice
+    tokenizer: Tokenizer | None
+    template: ChatTemplate | None
+    sampling: SamplingParams
+    """What the model's generation_config.json recommends, over our defaults."""
+    ledger: Ledger
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that is ready to run, and what it was built from."""
+
+    engine: Engine
+    model: Transformer
+    prepared: Prepared
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.prepared.ledger
+
+
+def prepare(settings: BuildSettings) -> Prepared:
+    """Everything but the weights: model, device, dtype, tokenizer, template. Raises UserError."""
+    ledger = Ledger()
+    with ledger.phase("load"):
+        model = resolve(settings.model, random_weights=settings.random_weights)
+        if model.path is not None:
+            config = load_config(model.path)
+        else:
+            assert model.entry is not None
+            config = from_hf(model.entry.config, f"the registry's {model.name}")
+        if settings.max_seq_len is not None and settings.max_seq_len > config.max_position_embeddings:
+            raise UserError(
+                f"--max-seq-len {settings.max_seq_len} is more than the {config.max_position_embeddings} positions "
+                f"that {model.name} was made for"
+            )
+        device = resolve_device(settings.device)
+        dtype = resolve_dtype(settings.dtype, device.device)
+        tokenizer = template = None
+        sampling = SamplingParams()
+        if model.path is not None and not settings.random_weights:
+            tokenizer = load_tokenizer(model.path, config)
+            template = load_chat_template(model.path, tokenizer)
+            sampling = _recommended_sampling(model.path)
+    return Prepared(settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger)
+
+
+def context_length(prepared: Prepared, wanted: int = 0) -> int:
+    """Positions of the cache: as many as was said; else DEFAULT_CONTEXT, or `wanted` if that is more, within what the
+    model was made for. It hardly depends on the prompt, so that what was compiled for one prompt serves the next.
+    """
+    if prepared.settings.max_seq_len is not None:
+        return prepared.settings.max_seq_len
+    rounded = -(-wanted // 1024) * 1024
+    return min(prepared.config.max_position_embeddings, max(DEFAULT_CONTEXT, rounded))
+
+
+def build(prepared: Prepared, max_seq_len: int | None = None) -> Built:
+    """Weights, cache and engine. `max_seq_len`: positions of the cache, by default `context_length(prepared)`."""
+    settings, config, ledger = prepared.settings, prepared.config, prepared.ledger
+    device, dtype = prepared.device.device, prepared.dtype.dtype
+    length = context_length(prepared) if max_seq_len is None else max_seq_len
+    with _out_of_memory(prepared, length), ledger.phase("load"):
+        model = _load(prepared)
+        cache = KVCache.create(config, slots_needed(settings.max_num_seqs), length, device, dtype)
+    ledger.weight_bytes_per_token = weight_bytes_per_token(model)
+    tokenizer_eos = prepared.tokenizer.eos_ids if prepared.tokenizer is not None else frozenset()
+    engine = Engine(
+        model,
+        cache,
+        prepared.tokenizer,
+        vocab_size=config.vocab_size,
+        eos_ids=tokenizer_eos | frozenset(config.eos_token_ids),
+        max_num_seqs=settings.max_num_seqs,
+        prefill_chunk=PREFILL_CHUNK[device.type],
+        ledger=ledger,
+    )
+    return Built(engine, model, prepared)
+
+
+def fill_random(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Gives every parameter of a model on the meta device small random values, the same each time: norms pass through,
+    matrices and tables are N(0, 0.02). A short pattern is repeated, so that it takes no longer than writing the memory.
+    """
+    generator = torch.Generator().manual_seed(0)
+    pattern = (torch.randn(RANDOM_PERIOD, generator=generator) * RANDOM_STD).to(device, dtype)
+    done: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, meta in list(module.named_parameters(recurse=False)):
+            if id(meta) not in done:
+                if isinstance(module, RMSNorm):
+                    value = torch.full(meta.shape, 0.0 if module.plus_one else 1.0, device=device, dtype=dtype)
+                else:
+                    value = _repeated(pattern, meta.shape)
+                done[id(meta)] = nn.Parameter(value, requires_grad=False)
+            setattr(module, name, done[id(meta)])
+
+
+def _repeated(pattern: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    result = torch.empty(shape, device=pattern.device, dtype=pattern.dtype)
+    flat = result.view(-1)
+    whole = flat.numel() // len(pattern) * len(pattern)
+    flat[:whole].view(-1, len(pattern)).copy_(pattern.expand(whole // len(pattern), -1))
+    flat[whole:].copy_(pattern[: flat.numel() - whole])
+    return result
+
+
+def _load(prepared: Prepared) -> Transformer:
+    device, dtype = prepared.device.device, prepared.dtype.dtype
+    with torch.device("meta"):
+        model = Transformer(prepared.config).eval()
+    if prepared.settings.random_weights:
+        fill_random(model, device, dtype)
+        return model
+    assert prepared.path is not None
+    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in model.named_parameters()}
+    with Progress(f"loading {prepared.name}", sum(sizes.values()), in_bytes=True) as progress:
+        load_weights(model, prepared.path, device, dtype, on_tensor=lambda name: progress.advance(sizes[name]))
+    return model
+
+
+@contextmanager
+def _out_of_memory(prepared: Prepared, length: int) -> Iterator[None]:
+    """Says what did not fit, in place of the allocator's own words."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        name = prepared.device.device.type
+        raise UserError(
+            f"{prepared.name} in {prepared.dtype.name} with a context of {length} does not fit in the memory of the "
+            f"{name} device: try a smaller --max-seq-len, a 16-bit --dtype, or another --device"
+        ) from error
+
+
+def _recommended_sampling(path: Path) -> SamplingParams:
+    """generation_config.json beside the weights, if it is there."""
+    file = (path if path.is_dir() else path.parent) / "generation_config.json"
+    if not file.is_file():
+        return SamplingParams()
+    try:
+        entries: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from error
+    if not isinstance(entries, Mapping):
+        raise UserError(f"{file}: is not a JSON object")
+    return SamplingParams.from_generation_config(entries, str(file))

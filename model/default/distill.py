@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.default.batches import IGNORED, Batch, Document, pack
-from model.default.llama import Llama
+from model.default.llama import Llama, mean_probs
 from model.default.sample import SampleSettings, sample
 from model.default.vocabulary import BOS, EOS, Vocabulary
 
@@ -40,7 +40,6 @@ def write_texts(
     return documents
 
 
-@torch.no_grad()
 def label(
     teachers: Sequence[Llama], documents: list[Document], batch_tokens: int, top: int, rng: random.Random
 ) -> list[Batch]:
@@ -50,13 +49,7 @@ def label(
     batches = []
     for packed in pack(shuffled, batch_tokens, teachers[0].shape.context):
         batch = packed.to(device)
-        probs = torch.zeros((), device=device)
-        for teacher in teachers:
-            teacher.eval()
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                logits = F.linear(teacher(batch), teacher.embedding)
-            probs = probs + torch.softmax(logits.float(), dim=-1)
-        best, ids = (probs / len(teachers)).topk(top, dim=-1)
+        best, ids = mean_probs(teachers, batch, half=device.type == "cuda").topk(top, dim=-1)
         batches.append(replace(batch, soft_ids=ids.to(torch.int16), soft_probs=best.half()))
     return batches
 

@@ -8,6 +8,7 @@ windows; each begins with the last token of the one before.
 import argparse
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 
 from model.default.batches import IGNORED, Batch, pack, split
 from model.default.corpus import TINY_SOURCES, Example, load_corpus
-from model.default.llama import Llama, Shape, from_hugging_face
+from model.default.llama import Llama, Shape, from_hugging_face, mean_probs
 from model.default.sample import SampleSettings, sample
 from model.default.vocabulary import BOS, EOS, Vocabulary
 
@@ -63,17 +64,16 @@ def test_parts(
 
 
 @torch.no_grad()
-def bits_per_character(model: Llama, part: TestPart, half: bool) -> float:
-    """Bits per character over all texts of the part together; half: compute in bfloat16."""
-    device = model.embedding.device
-    model.eval()
+def bits_per_character(models: Sequence[Llama], part: TestPart, half: bool) -> float:
+    """Bits per character over all texts of the part together, by the mean of the models' probabilities.
+
+    half: compute in bfloat16.
+    """
+    device = models[0].embedding.device
     nats = torch.zeros((), device=device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        for batch in part.batches:
-            moved = batch.to(device)
-            logits = F.linear(model(moved), model.embedding).float()
-            nats += F.cross_entropy(logits, moved.targets, ignore_index=IGNORED, reduction="sum")
-    model.train()
+    for batch in part.batches:
+        moved = batch.to(device)
+        nats += F.nll_loss(mean_probs(models, moved, half).log(), moved.targets, ignore_index=IGNORED, reduction="sum")
     return float(nats) / math.log(2) / part.characters
 
 
@@ -130,7 +130,7 @@ def main() -> None:
     if arguments.limit:
         held_out = {row: part[: arguments.limit] for row, part in held_out.items()}
     for row, part in test_parts(vocabulary, held_out, batch_tokens=2048, context=model.shape.context).items():
-        print(f"{row:22} {bits_per_character(model, part, half=False):.4f} bits per character")
+        print(f"{row:22} {bits_per_character([model], part, half=False):.4f} bits per character")
     print("\n" + unpicked_samples(model, vocabulary, arguments.seed))
 
 

@@ -3,6 +3,7 @@
 Shape suffixes: N tokens of a packed batch, R rows of a sampling batch, T positions, D width, H heads, K head width, V vocabulary.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class Shape:
 
 def attend(q_NHK: Tensor, k_NHK: Tensor, v_NHK: Tensor, starts: Tensor, context: int) -> Tensor:
     """Causal attention inside each document of a packed batch; document i is starts[i]:starts[i + 1]."""
-    if q_NHK.is_cuda:
+    if q_NHK.is_cuda and q_NHK.dtype != torch.float32:  # the kernel takes 16-bit types only
         out = varlen_attn(q_NHK, k_NHK, v_NHK, starts, starts, context, context, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out
@@ -136,6 +137,19 @@ class Llama(nn.Module):
             x = x + F.linear(mixed, block.o_proj)
             x = x + block.feed_forward(x)
         return F.linear(F.rms_norm(x, x.shape[-1:], self.norm, NORM_EPS), self.embedding)
+
+
+@torch.no_grad()
+def mean_probs(models: Sequence[Llama], batch: Batch, half: bool) -> Tensor:
+    """Probabilities [N, V] of the next tokens, averaged over the models, float32; half: compute in bfloat16."""
+    total = torch.zeros((), device=batch.tokens.device)
+    for model in models:
+        model.eval()
+        with torch.autocast(batch.tokens.device.type, torch.bfloat16, enabled=half):
+            logits = F.linear(model(batch), model.embedding)
+        total = total + torch.softmax(logits.float(), dim=-1)
+        model.train()
+    return total / len(models)
 
 
 def to_hugging_face(model: Llama, dtype: torch.dtype) -> dict[str, Tensor]:

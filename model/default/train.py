@@ -8,7 +8,7 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from model.default.evaluate import bits_per_character, load, test_parts, unpicke
 from model.default.export import export
 from model.default.llama import Llama, Shape
 from model.default.optimizer import MuonAdamW, learning_rate
-from model.default.vocabulary import Vocabulary, train_tokenizer
+from model.default.vocabulary import UNK, Vocabulary, train_tokenizer
 
 # Share of each group in the tokens of a batch, at the start and at the end of training (linear in between).
 SHARES = {
@@ -57,6 +57,7 @@ class Recipe:
     teacher_hidden: int = 1408
     teacher_dropout: float = 0.1
     teacher_weight_decay: float = 0.5
+    teacher_masking: float = 0.0  # share of the input tokens that are hidden
     teacher_tokens: float = 40e6
     written_stories: float = 8e6  # tokens
     written_chats: float = 3e6
@@ -110,8 +111,10 @@ class Run:
     def say(self, text: str) -> None:
         print(f"[{time.monotonic() - self.began:6.1f} s] {text}", flush=True)
 
-    def results(self, model: Llama, rows: Iterable[str], half: bool) -> dict[str, float]:
-        return {row: bits_per_character(model, self.tests[row], half) for row in rows if row in self.tests}
+    def results(self, models: Sequence[Llama], rows: Iterable[str] | None = None) -> dict[str, float]:
+        """Held-out bits per character, in bfloat16 on a GPU; rows: of the results table, all unless given."""
+        chosen = self.tests if rows is None else [row for row in rows if row in self.tests]
+        return {row: bits_per_character(models, self.tests[row], half=self.on_gpu) for row in chosen}
 
 
 def train(
@@ -119,6 +122,7 @@ def train(
     name: str,
     model: Llama,
     weight_decay: float,
+    masking: float,
     tokens: float,
     next_batch: Callable[[float], Batch],
     loss: Callable[[Tensor, Tensor, Batch], Tensor],
@@ -134,12 +138,15 @@ def train(
     model.train()
     for step in range(steps):
         batch = next_batch(step / steps).to(run.device)
+        if masking:
+            masked = torch.rand(batch.tokens.shape, device=run.device) < masking
+            batch = replace(batch, tokens=batch.tokens.masked_fill(masked & (batch.positions > 0), UNK))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.on_gpu):
             value = loss(model(batch), model.embedding, batch)
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step(learning_rate((step + 1) / (steps + 1)))
         if (step + 1) * CURVE_POINTS // steps > step * CURVE_POINTS // steps:
-            held_out = run.results(model, CURVE_ROWS, half=run.on_gpu)
+            held_out = run.results([model], CURVE_ROWS)
             curve.append({"tokens": (step + 1) * recipe.batch_tokens, "loss": value.item(), **held_out})
             spent = time.monotonic() - began
             scores = " ".join(f"{row} {bits:.4f}" for row, bits in held_out.items())
@@ -167,7 +174,8 @@ def train_teacher(run: Run, index: int) -> Llama:
     torch.manual_seed(recipe.seed + index)
     teacher = Llama(shape, recipe.teacher_dropout).to(run.device)
     mixture = new_mixture(run, recipe.seed + index)
-    train(run, f"teacher {index}", teacher, recipe.teacher_weight_decay, recipe.teacher_tokens, mixture, hard_loss)
+    decay, masking, tokens = recipe.teacher_weight_decay, recipe.teacher_masking, recipe.teacher_tokens
+    train(run, f"teacher {index}", teacher, decay, masking, tokens, mixture, hard_loss)
     return teacher
 
 
@@ -218,7 +226,7 @@ def train_student(run: Run, teachers: list[Llama]) -> Llama:
         source = student_batches(run, teachers)
     else:
         loss, source = hard_loss, new_mixture(run, recipe.seed)
-    train(run, "student", student, recipe.student_weight_decay, recipe.student_tokens, source, loss)
+    train(run, "student", student, recipe.student_weight_decay, 0.0, recipe.student_tokens, source, loss)
     return student
 
 
@@ -227,6 +235,7 @@ def parse() -> tuple[Recipe, argparse.Namespace]:
     parser.add_argument("--output", type=Path, default=Path(__file__).parent, help="where the model is written")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="a tiny run that tries every stage, on a CPU in a minute")
+    parser.add_argument("--only-teachers", action="store_true", help="report on the teachers and write nothing")
     for field in fields(Recipe):
         flag = "--" + field.name.replace("_", "-")
         parser.add_argument(flag, type=type(field.default), default=argparse.SUPPRESS, help=f"default {field.default}")
@@ -240,15 +249,22 @@ def main() -> None:
     recipe, arguments = parse()
     run = Run(recipe, torch.device(arguments.device))
     teachers = [train_teacher(run, index) for index in range(recipe.teachers)]
+    if teachers:
+        run.log["teachers_held_out_bits_per_character"] = run.results(teachers)
+        run.say(f"teachers together, bits per character: {run.log['teachers_held_out_bits_per_character']}")
+    if arguments.only_teachers:
+        return
     student = train_student(run, teachers)
     arguments.output.mkdir(parents=True, exist_ok=True)
     export(student, run.vocabulary, arguments.output)
     exported, _ = load(arguments.output)
-    run.log["held_out_bits_per_character"] = run.results(exported.to(run.device), run.tests, half=False)
+    tests = test_parts(run.vocabulary, run.corpus.held_out, batch_tokens=4096, context=recipe.context)
+    exact = {row: bits_per_character([exported.to(run.device)], part, half=False) for row, part in tests.items()}
+    run.log["held_out_bits_per_character"] = exact
     run.log["seconds"]["all"] = time.monotonic() - run.began
     log = json.dumps(run.log, indent=1)
     (arguments.output / "training_log.json").write_text(log + "\n", encoding="utf-8")
-    run.say(f"exported, bits per character: {run.log['held_out_bits_per_character']}")
+    run.say(f"exported, bits per character: {exact}")
     print(unpicked_samples(exported.to(run.device), run.vocabulary, seed=0))
 
 

@@ -14,9 +14,8 @@ from typing import Any, NoReturn
 from cli.console import warn
 from cli.recipe import Recipe, read_recipe
 from config.errors import UserError
+from config.registry import DEFAULT_MODEL
 from config.settings import DEVICES, DTYPES, MAX_COUNT, BuildSettings, SamplingParams, Setting, one_of, shorten
-
-DEFAULT_MODEL = "default"
 
 ENVIRONMENT = {
     "model": "TORCHCHAT_MODEL",
@@ -145,9 +144,7 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
         "--temperature", metavar="T", type=float, help=f"0: always the likeliest token (default: {ours.temperature})"
     )
     group.add_argument("--top-k", metavar="K", type=int, help="keep the K likeliest tokens; 0: off")
-    group.add_argument(
-        "--top-p", metavar="P", type=float, help="keep the likeliest tokens that make up P; 1: off"
-    )
+    group.add_argument("--top-p", metavar="P", type=float, help="keep the likeliest tokens that make up P; 1: off")
     group.add_argument(
         "--min-p", metavar="P", type=float, help="keep tokens at least P times as likely as the likeliest; 0: off"
     )

@@ -37,7 +37,7 @@ def read_recipe(text: str, source: str) -> Recipe:
     if entries:
         names = ", ".join(shorten(json.dumps(name)) for name in list(entries)[:3])
         raise UserError(
-            f'{where}: quantization is not built in this version, so {names} cannot be done; '
+            f"{where}: quantization is not built in this version, so {names} cannot be done; "
             'only "precision" and "executor" are understood'
         )
     return Recipe(dtype=dtype, device=device)

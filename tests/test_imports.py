@@ -1,5 +1,4 @@
-"""The direction of imports, read from the source: config <- model <- generate <- server <- cli; config <- quant <- cli.
-"""
+"""Who may import whom, read from the source: config <- model <- generate <- server <- cli, config <- quant <- cli."""
 
 import ast
 import subprocess

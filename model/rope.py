@@ -41,8 +41,7 @@ def attention_factor(rope: RopeConfig, max_position_embeddings: int) -> float:
     original = rope.original_max_position_embeddings or max_position_embeddings
     if rope.kind == "longrope":
         # Ding et al., "LongRoPE", arXiv:2402.13753; as published with Phi-3.
-        factor = max_position_embeddings / original
-        return 1.0 if factor <= 1.0 else math.sqrt(1 + math.log(factor) / math.log(original))
+        return 1.0 if rope.factor <= 1.0 else math.sqrt(1 + math.log(rope.factor) / math.log(original))
     if rope.mscale and rope.mscale_all_dim:
         return _yarn_mscale(rope.factor, rope.mscale) / _yarn_mscale(rope.factor, rope.mscale_all_dim)
     return _yarn_mscale(rope.factor, 1.0)

@@ -59,7 +59,11 @@ def _run(argv: list[str]) -> int:
     name = argv[0]
     help_line, module_name = COMMANDS[name]
     runner = import_module(module_name)
-    parser = Parser(prog=f"torchchat {name}", description=help_line[0].upper() + help_line[1:] + ".")
+    parser = Parser(
+        prog=f"torchchat {name}",
+        usage=f"torchchat {name} [MODEL] [options]",
+        description=help_line[0].upper() + help_line[1:] + ".",
+    )
     runner.add_arguments(parser)
     try:
         args = parser.parse(argv[1:])

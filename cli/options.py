@@ -126,7 +126,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-seq-len",
         metavar="N",
         type=whole_number(1, MAX_COUNT),
-        help="room for the prompt and the answer together, in tokens (default: what the model allows)",
+        help="room for the prompt and the answer together, in tokens (default: enough, within what the model allows)",
     )
     variables = ", ".join(ENVIRONMENT.values())
     parser.epilog = (

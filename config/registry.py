@@ -64,17 +64,16 @@ def find(name: str) -> ModelEntry:
 def resolve(name: str, *, random_weights: bool = False) -> ResolvedModel:
     """What `name` means: a registry name, alias or hub id, a local directory or file, or a hub id in the local cache.
 
-    A registry name wins over a directory of the same name; write ./NAME for that. With `random_weights` a registry
-    model need not be on this machine. Raises UserError with what to do.
+    A registry model that is on this machine wins over a directory of the same name; write ./NAME for that. With
+    `random_weights` it need not be on this machine. Raises UserError with what to do.
     """
     if not name or len(name) > _MAX_NAME or "\0" in name:
         raise UserError(f"{name[:60]!r} is not the name of a model: give a registry name, a path or a hub id")
     entry = _lookup(name)
     if entry is not None:
-        path = _weights_of(entry)
-        if path is None and not random_weights:
-            raise _not_here(entry)
-        return ResolvedModel(entry.name, path, entry)
+        weights = _weights_of(entry)
+        if weights is not None or random_weights:
+            return ResolvedModel(entry.name, weights, entry)
     try:
         path = Path(name).expanduser()
         exists = path.exists()
@@ -82,6 +81,8 @@ def resolve(name: str, *, random_weights: bool = False) -> ResolvedModel:
         path, exists = Path(name), False
     if exists:
         return ResolvedModel(path.resolve().name, _checked(path, random_weights), None)
+    if entry is not None:
+        raise _not_here(entry)
     if _is_hub_id(name):
         snapshot = find_in_hub_cache(name)
         if snapshot is not None:

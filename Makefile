@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint bench clean
 
 help:
-	@sed -n 's/^# \{0,1\}//p' Makefile | head -6
+	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
 
 demo: $(VENV)/installed
 	@echo "make: the model that is built in writes a story (a few seconds)"
@@ -35,7 +35,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamps are older than pyproject.toml when something else is to be installed; the code itself is used in place.
+# A stamp older than pyproject.toml: what is to be installed may have changed. The code itself is used in place.
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("make: Python 3.10 or newer is needed, this is " + sys.version.split()[0] + \
 	  "; choose another with PYTHON=...") if sys.version_info < (3, 10) else None'

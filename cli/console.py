@@ -3,9 +3,12 @@
 import os
 import sys
 import time
+from functools import lru_cache
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
+from config.cache import cache_dir, cache_location
 from config.settings import BuildSettings
 
 if TYPE_CHECKING:  # only their names: this module is imported for --help, which must not wait for torch
@@ -29,6 +32,19 @@ def status(text: str) -> None:
     """A line about what goes on; dimmed where the terminal has colours."""
     line = f"torchchat: {_one_line(text)}"
     print(f"\x1b[2m{line}\x1b[0m" if has_colour(sys.stderr) else line, file=sys.stderr, flush=True)
+
+
+@lru_cache(maxsize=1)
+def cache_dir_or_say() -> Path | None:
+    """The cache directory; where there is none, one line says so, once."""
+    path = cache_dir()
+    if path is None:
+        place = cache_location() or "the home directory"
+        warn(
+            f"nothing is kept between runs: {place} is not a private directory that can be written; "
+            "TORCHCHAT_CACHE_DIR may name another"
+        )
+    return path
 
 
 def _one_line(text: str) -> str:

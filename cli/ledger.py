@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cli.console import human_bytes
-from config.cache import cache_dir
+from cli.console import cache_dir_or_say, human_bytes, warn
 from generate.stats import Ledger
 from model.device import known_bandwidth, peak_memory_bytes
 
@@ -26,7 +25,7 @@ class Figures:
         if ledger.decode_tok_s is None:
             return cls(ledger, peak, None)
         try:
-            return cls(ledger, peak, known_bandwidth(device, cache_dir()).read_gb_s * 1e9)
+            return cls(ledger, peak, known_bandwidth(device, cache_dir_or_say(), warn).read_gb_s * 1e9)
         except torch.OutOfMemoryError:  # the model fills the device: then there is nothing to compare with
             return cls(ledger, peak, None)
 

@@ -171,10 +171,10 @@ def reset_peak_memory(device: torch.device) -> None:
             return  # a hardened container forbids it: the peak then covers the whole process, never less
 
 
-def known_bandwidth(device: torch.device, directory: Path | None) -> Bandwidth:
+def known_bandwidth(device: torch.device, directory: Path | None, say: Callable[[str], None]) -> Bandwidth:
     """This machine's bandwidth as kept in `directory` (the cache directory), measured and kept if it is not there yet.
 
-    Measuring takes memory: read `peak_memory_bytes` before.
+    `say` is told if it cannot be kept. Measuring takes memory: read `peak_memory_bytes` before.
     """
     key = f"{device_name(device)}, {torch.get_num_threads()} of {os.cpu_count()} threads, torch {torch.__version__}"
     file = directory and directory / "bandwidth" / f"{device.type}-{sha256(key.encode()).hexdigest()[:16]}.json"
@@ -187,8 +187,10 @@ def known_bandwidth(device: torch.device, directory: Path | None) -> Bandwidth:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or damaged: measured anew below
     measured = measure_bandwidth(device)
-    with suppress(OSError):  # a full disk costs the next run half a second, nothing else
+    try:
         atomic_write(file, json.dumps({"key": key, **asdict(measured)}, indent=1).encode())
+    except OSError as error:  # a full disk costs the next run half a second, nothing else
+        say(f"the measured bandwidth is not kept: {error}")
     return measured
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cli import console
-from cli.console import Progress, TextWriter, describe_build, has_colour, human_bytes, status, warn
+from cli.console import Progress, TextWriter, cache_dir_or_say, describe_build, has_colour, human_bytes, status, warn
 from config.settings import BuildSettings
 from model.device import DeviceChoice, DtypeChoice
 
@@ -64,6 +64,18 @@ def test_colours_only_where_they_are_welcome(terminal, monkeypatch):
     assert has_colour(terminal)
     monkeypatch.setenv("TERM", "dumb")
     assert not has_colour(terminal)
+
+
+def test_a_missing_cache_is_said_once(terminal, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHCHAT_CACHE_DIR", str(tmp_path / "file"))
+    cache_dir_or_say.cache_clear()
+    assert cache_dir_or_say() is cache_dir_or_say() is None
+    assert terminal.getvalue().count("nothing is kept between runs: ") == 1
+    monkeypatch.setenv("TORCHCHAT_CACHE_DIR", str(tmp_path))
+    cache_dir_or_say.cache_clear()
+    assert cache_dir_or_say() == tmp_path
+    cache_dir_or_say.cache_clear()
 
 
 def test_progress_is_one_line_that_is_gone_at_the_end(terminal, monkeypatch):

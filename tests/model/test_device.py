@@ -104,16 +104,28 @@ def test_measured_bandwidth_is_plausible(monkeypatch):
 def test_bandwidth_is_kept_and_a_damaged_file_is_measured_again(monkeypatch, tmp_path):
     results = iter([Bandwidth(1.0, 2.0), Bandwidth(3.0, 4.0)])
     monkeypatch.setattr(device_module, "measure_bandwidth", lambda device: next(results))
-    assert known_bandwidth(CPU, tmp_path) == known_bandwidth(CPU, tmp_path) == Bandwidth(1.0, 2.0)
+    assert (
+        known_bandwidth(CPU, tmp_path, pytest.fail)
+        == known_bandwidth(CPU, tmp_path, pytest.fail)
+        == Bandwidth(1.0, 2.0)
+    )
     (file,) = (tmp_path / "bandwidth").iterdir()
     assert json.loads(file.read_text())["read_gb_s"] == 2.0
     file.write_text("{")
-    assert known_bandwidth(CPU, tmp_path) == Bandwidth(3.0, 4.0)
+    assert known_bandwidth(CPU, tmp_path, pytest.fail) == Bandwidth(3.0, 4.0)
 
 
 def test_bandwidth_needs_no_cache(monkeypatch):
     monkeypatch.setattr(device_module, "measure_bandwidth", lambda device: Bandwidth(1.0, 2.0))
-    assert known_bandwidth(CPU, None) == Bandwidth(1.0, 2.0)
+    assert known_bandwidth(CPU, None, pytest.fail) == Bandwidth(1.0, 2.0)
+
+
+def test_bandwidth_that_cannot_be_kept_is_said(monkeypatch, tmp_path):
+    monkeypatch.setattr(device_module, "measure_bandwidth", lambda device: Bandwidth(1.0, 2.0))
+    (tmp_path / "bandwidth").touch()  # a file where the directory would be
+    said = []
+    assert known_bandwidth(CPU, tmp_path, said.append) == Bandwidth(1.0, 2.0)
+    assert len(said) == 1
 
 
 @pytest.mark.gpu

@@ -29,6 +29,9 @@ Without a MODEL a small one that ships with torchchat is used."""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (by default this process's) and return its exit code."""
     debug = os.environ.get("TORCHCHAT_DEBUG", "") not in ("", "0")
+    for name in ("stdout", "stderr"):
+        if vars(sys)[name] is None:  # closed by whoever started us: what is said there is for nobody
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" rather than a traceback
     try:

@@ -147,6 +147,13 @@ def test_from_outside_in_another_directory(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_closed_streams_are_no_error(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["--help"]) == 0
+    assert main(["nothing"]) == 2
+
+
 def test_a_reader_that_went_away_is_no_error():
     read_end, write_end = os.pipe()
     os.close(read_end)

@@ -155,7 +155,8 @@ def _from_multimodal(config: Mapping[str, object], where: str) -> ModelConfig:
         # The multimodal class applies none, the text one does: what the weights were trained with is not known.
         raise outer.error("text_config.final_logit_softcapping", "is set, which this architecture does not apply")
     merged = {"model_type": "gemma3_text", **text}
-    for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id", "quantization_config"):
+    refused = [key for key in REASONS if key != "text_config"]
+    for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id", *refused):
         # The outer object rules; the inner one has the defaults of a text model where it is written at all.
         value = outer.get(key)
         if value is not None:

@@ -11,7 +11,8 @@ HARMLESS = frozenset(
     id2label label2id num_labels prefix torch_dtype dtype use_cache cache_implementation attn_implementation
     _attn_implementation _attn_implementation_autoset use_flash_attention_2 torchscript output_attentions
     output_hidden_states return_dict return_dict_in_generate tie_last_hidden_states initializer_range
-    attention_dropout resid_pdrop embd_pdrop hidden_dropout gradient_checkpointing pretraining_tp use_bfloat16
+    _commit_hash attention_dropout resid_pdrop embd_pdrop hidden_dropout neftune_noise_alpha gradient_checkpointing
+    use_reentrant_checkpointing pretraining_tp use_bfloat16
     tf_legacy_loss pad_token_id unk_token_id sep_token_id decoder_start_token_id
     max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
     typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
@@ -37,10 +38,12 @@ ONLY: dict[str, tuple[object, ...]] = {
     "interpolate_factor": (1,),
 }
 
+_QUANTIZED = "says that the weights are stored quantized, which cannot be read yet: use the unquantized model"
 # Keys that deserve a better word than "not known".
 REASONS = {
-    "quantization_config": "says that the weights are stored quantized, which cannot be read yet: use the unquantized "
-    "model",
+    "quantization_config": _QUANTIZED,
+    "quantization": _QUANTIZED,
+    "compression_config": _QUANTIZED,
     "num_local_experts": "makes this a mixture of experts, which cannot be run here: use a dense model",
     "num_experts": "makes this a mixture of experts, which cannot be run here: use a dense model",
     "text_config": "is of a multimodal model; only Gemma3ForConditionalGeneration is known of those",

@@ -268,6 +268,27 @@ def test_what_a_family_cannot_be_is_refused(model_type: str, changes: dict[str, 
     assert word in refused(family(model_type, **changes))
 
 
+WEIRD = [None, True, -1, 0, 2, 1.5, "x", [], {}, ["x"], {"rope_type": [1]}, 10**400, float("nan"), 1e308]
+
+
+@pytest.mark.parametrize("name", PUBLISHED_FILES)
+def test_whatever_a_key_holds_the_answer_is_a_model_or_one_line(name: str) -> None:
+    published = PUBLISHED_FILES[name]
+    accepted = 0
+    for inner in (None, "text_config", "rope_scaling"):
+        section = published if inner is None else published.get(inner) or {}
+        for key in section:
+            for value in WEIRD:
+                changed = {**section, key: value}
+                try:
+                    from_hf(changed if inner is None else {**published, inner: changed}, "m/config.json")
+                    accepted += 1
+                except UserError as error:
+                    assert "\n" not in str(error)
+                    assert len(str(error)) < 600
+    assert accepted > 0
+
+
 def test_llama_3_stretches_its_rotary_embedding() -> None:
     config = from_hf(llama(rope_theta=500_000.0, rope_scaling=LLAMA3_ROPE, eos_token_id=[5, 7]), "x")
     expected = RopeConfig(

@@ -23,7 +23,7 @@ class LanguageModel(Protocol):
         start_B: Tensor,
         cache: KVCache,
         slots_B: Tensor,
-        context: int,
+        context: int | Tensor,
         logits_at_B: Tensor | None = None,
     ) -> Tensor: ...
 
@@ -67,13 +67,13 @@ def prefill(
     start_1: Tensor,
     slots_1: Tensor,
     last_1: Tensor,
-    context: int,
+    context: int | Tensor,
     plan: SamplingPlan,
 ) -> Tensor:
     """Reads one chunk of one prompt into the cache and samples the token after it, int64 [1].
 
     start_1: position of the chunk's first token. last_1: index in T of its last real token; what is right of it is
-    padding. context: start + T. After any chunk but the last the token means nothing: give such a chunk the greedy
+    padding. context: start + T (a tensor on the CPU while the step is traced). After any chunk but the last the token means nothing: give such a chunk the greedy
     plan, which leaves no trace of it that the next chunk does not overwrite.
     """
     logits_1V = model(tokens_1T, start_1, cache, slots_1, context, last_1)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model import kernels
+from model.tracing import is_tracing
 
 
 def attend(
@@ -19,7 +20,7 @@ def attend(
     values: Tensor,
     start_B: Tensor,
     slots_B: Tensor,
-    context: int,
+    context: int | Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -32,17 +33,16 @@ def attend(
     positions_BT = start_B[:, None] + torch.arange(q_BTNH.shape[1], device=start_B.device)
     keys[slots_B[:, None], :, positions_BT] = k_BTKH
     values[slots_B[:, None], :, positions_BT] = v_BTKH
-    compiling = torch.compiler.is_compiling()
-    if q_BTNH.shape[1] > 1:
-        prefill = torch.ops.torchchat.prefill_attention if compiling else prefill_attention
+    q_BNH = q_BTNH[:, 0]
+    if isinstance(context, Tensor) or q_BTNH.shape[1] > 1:
+        prefill = torch.ops.torchchat.prefill_attention if is_tracing() else prefill_attention
         out: Tensor = prefill(
             q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, scale, window, softcap
         )
         return out
-    q_BNH = q_BTNH[:, 0]
     if kernels.usable(q_BNH):
-        return kernels.decode_attention(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
-    decode = torch.ops.torchchat.decode_attention if compiling else decode_attention
+        return kernels.flash_decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
+    decode = torch.ops.torchchat.decode_attention if is_tracing() else decode_attention
     out = decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap)
     return out.unsqueeze(1)
 
@@ -127,7 +127,26 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(v_BNSH.dtype) @ v_BNSH
 
 
-_prefill_op = torch.library.custom_op("torchchat::prefill_attention", prefill_attention, mutates_args=())
+@torch.library.custom_op("torchchat::prefill_attention", mutates_args=())
+def _prefill_op(
+    q_BTNH: Tensor,
+    k_BTKH: Tensor,
+    v_BTKH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start_B: Tensor,
+    slots_B: Tensor,
+    context: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`prefill_attention` with the context as a tensor on the CPU, which changes from call to call in a compiled step."""
+    return prefill_attention(
+        q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, int(context), scale, window, softcap
+    )
+
+
 _decode_op = torch.library.custom_op("torchchat::decode_attention", decode_attention, mutates_args=())
 
 

@@ -5,35 +5,16 @@ V vocabulary.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attend
 from model.config import LayerConfig, ModelConfig
 from model.kv_cache import KVCache, distinct_ropes
-from model.linear import Linear
+from model.layers import Linear, RMSNorm
 from model.rope import attention_factor, cos_sin, rotate
 
-ACTIVATIONS = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 inside (Zhang and Sennrich, arXiv:1910.07467); Gemma's multiplies by 1 + weight."""
-
-    def __init__(self, dim: int, config: ModelConfig) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(dim))
-        self.eps = config.rms_norm_eps
-        self.plus_one = config.norm_plus_one
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.plus_one:
-            return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + 1, self.eps).to(x.dtype)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+def norm_of(config: ModelConfig, dim: int) -> RMSNorm:
+    return RMSNorm(dim, config.rms_norm_eps, config.norm_plus_one)
 
 
 class Attention(nn.Module):
@@ -46,8 +27,8 @@ class Attention(nn.Module):
         rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv_proj = Linear(config.hidden_size, rows, bias=config.qkv_bias)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
-        self.q_norm = RMSNorm(self.head_dim, config) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_dim, config) if config.qk_norm else None
+        self.q_norm = norm_of(config, self.head_dim) if config.qk_norm else None
+        self.k_norm = norm_of(config, self.head_dim) if config.qk_norm else None
         self.scale = config.attention_scale if config.attention_scale is not None else self.head_dim**-0.5
         self.softcap = config.attention_softcap
         self.window = config.sliding_window if layer.attention == "sliding" else None
@@ -55,15 +36,17 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
+        norm: RMSNorm,
         rotation: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         values: Tensor,
         start_B: Tensor,
         slots_B: Tensor,
-        context: int,
+        context: int | Tensor,
     ) -> Tensor:
+        """What the heads see, before `o_proj`: [B, T, N * H]."""
         B, T, _ = x_BTD.shape
-        heads_BTNH = self.qkv_proj(x_BTD).view(B, T, -1, self.head_dim)
+        heads_BTNH = self.qkv_proj(x_BTD, norm=norm).view(B, T, -1, self.head_dim)
         q_BTNH, k_BTKH, v_BTKH = heads_BTNH.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
@@ -72,21 +55,16 @@ class Attention(nn.Module):
         out_BTNH = attend(
             q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, self.scale, self.window, self.softcap
         )
-        return self.o_proj(out_BTNH.reshape(B, T, -1))
+        return out_BTNH.reshape(B, T, -1)
 
 
 class FeedForward(nn.Module):
-    """The gated feed-forward, down(act(gate(x)) * up(x)); gate and up are one matrix (Shazeer, arXiv:2002.05202)."""
+    """The weights of the gated feed-forward, down(act(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202); gate and up are one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        gate_BTF, up_BTF = self.gate_up_proj(x_BTD).chunk(2, dim=-1)
-        return self.down_proj(self.activation(gate_BTF) * up_BTF)
 
 
 class Block(nn.Module):
@@ -94,12 +72,13 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: LayerConfig) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.attention_norm = norm_of(config, config.hidden_size)
         self.attention = Attention(config, layer)
-        self.attention_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
-        self.ffn_norm = RMSNorm(config.hidden_size, config)
+        self.attention_post_norm = norm_of(config, config.hidden_size) if config.post_norms else None
+        self.ffn_norm = norm_of(config, config.hidden_size)
         self.feed_forward = FeedForward(config)
-        self.ffn_post_norm = RMSNorm(config.hidden_size, config) if config.post_norms else None
+        self.ffn_post_norm = norm_of(config, config.hidden_size) if config.post_norms else None
+        self.hidden_act = config.hidden_act
         self.residual_multiplier = config.residual_multiplier
 
     def forward(
@@ -110,18 +89,18 @@ class Block(nn.Module):
         values: Tensor,
         start_B: Tensor,
         slots_B: Tensor,
-        context: int,
+        context: int | Tensor,
     ) -> Tensor:
-        attended_BTD = self.attention(self.attention_norm(x_BTD), rotation, keys, values, start_B, slots_B, context)
-        x_BTD = self._add(x_BTD, attended_BTD, self.attention_post_norm)
-        return self._add(x_BTD, self.feed_forward(self.ffn_norm(x_BTD)), self.ffn_post_norm)
+        heads_BTE = self.attention(x_BTD, self.attention_norm, rotation, keys, values, start_B, slots_B, context)
+        x_BTD = self._add(x_BTD, self.attention.o_proj, heads_BTE, self.attention_post_norm)
+        gated_BTF = self.feed_forward.gate_up_proj(x_BTD, norm=self.ffn_norm, gate=self.hidden_act)
+        return self._add(x_BTD, self.feed_forward.down_proj, gated_BTF, self.ffn_post_norm)
 
-    def _add(self, x_BTD: Tensor, update_BTD: Tensor, post_norm: RMSNorm | None) -> Tensor:
-        if post_norm is not None:
-            update_BTD = post_norm(update_BTD)
-        if self.residual_multiplier != 1.0:
-            update_BTD = update_BTD * self.residual_multiplier
-        return x_BTD + update_BTD
+    def _add(self, x_BTD: Tensor, linear: Linear, inner: Tensor, post_norm: RMSNorm | None) -> Tensor:
+        """x + linear(inner), the update scaled by Granite or normalized by Gemma on its way."""
+        if post_norm is None:
+            return linear(inner, residual=x_BTD, multiplier=self.residual_multiplier)
+        return x_BTD + post_norm(linear(inner)) * self.residual_multiplier
 
 
 class Transformer(nn.Module):
@@ -132,11 +111,12 @@ class Transformer(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
-        self.norm = RMSNorm(config.hidden_size, config)
+        self.norm = norm_of(config, config.hidden_size)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         ropes = distinct_ropes(config)
+        self.num_ropes = len(ropes)
         self._rope_scales = [attention_factor(rope, config.max_position_embeddings) for rope in ropes]
         self._rope_of_layer = [None if layer.rope is None else ropes.index(layer.rope) for layer in config.layers]
 
@@ -146,14 +126,14 @@ class Transformer(nn.Module):
         start_B: Tensor,
         cache: KVCache,
         slots_B: Tensor,
-        context: int,
+        context: int | Tensor,
         logits_at_B: Tensor | None = None,
     ) -> Tensor:
         """Reads tokens, writes their keys and values into the cache, and gives the logits of what may follow.
 
         tokens_BT: int64 token ids. start_B: int64, the position of each row's first token. slots_B: int64, the row of the cache
         that each row of the batch lives in, each a different one. context: max(start_B) + T, known to the host so that
-        nothing waits for the device. logits_at_B: the index in T of the one position of each row whose logits are wanted.
+        nothing waits for the device (a tensor on the CPU while the step is traced). logits_at_B: the index in T of the one position of each row whose logits are wanted.
         Returns float32 [B, V] with `logits_at_B`, else [B, T, V]. Rows may be padded on the right: what padding writes is
         past the row's end and is overwritten before it is ever attended to.
         """
@@ -173,7 +153,7 @@ class Transformer(nn.Module):
             x_BTD = layer(x_BTD, rotation, cache.keys[i], cache.values[i], start_B, slots_B, context)
         if logits_at_B is not None:
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B].unsqueeze(1)
-        logits = self.lm_head(self.norm(x_BTD)).float()
+        logits = self.lm_head(x_BTD, norm=self.norm).float()
         if self.config.logits_divisor != 1.0:
             logits = logits / self.config.logits_divisor
         if self.config.logits_softcap is not None:

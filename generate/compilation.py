@@ -1,0 +1,316 @@
+"""What is compiled, how, and the cache of it that lasts between runs. Knows the steps and their tensors; not who asks.
+
+A step is exported with every tensor it touches as an input, compiled ahead of time by Inductor into one package, and kept: the
+next run loads the package in milliseconds, with no tracing. On CUDA the decode step is captured into a graph besides.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from config.cache import atomic_write
+from config.errors import UserError
+from generate import step
+from generate.artifacts import environment_key, native_compiler
+from generate.sampling import RowParams, SamplingPlan
+from generate.stats import Ledger
+from generate.step import DecodeState, LanguageModel
+from model.kv_cache import KVCache
+from model.transformer import Transformer
+from model.tracing import tracing
+
+KEPT_PACKAGES = 64
+"""How many compiled steps the cache holds; the ones unused for longest go first."""
+
+
+class Program(Protocol):
+    """A loaded package: input tensors in, output tensors out."""
+
+    def run(self, inputs: list[Tensor]) -> list[Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """Every tensor that a step reads or writes, in the fixed order that a compiled step takes them in."""
+
+    names: tuple[str, ...]
+    model: Transformer
+    max_seq_len: int
+
+    def flatten(self, cache: KVCache, state: DecodeState) -> list[Tensor]:
+        parameters = [parameter for _, parameter in self.model.named_parameters()]
+        params = [getattr(state.params, f.name) for f in fields(state.params)]
+        held = [state.tokens, state.positions, state.advance, state.seen]
+        return [*parameters, *cache.keys, *cache.values, *cache.frequencies, *held, *params]
+
+    def restore(self, flat: tuple[Tensor, ...]) -> tuple[LanguageModel, KVCache, DecodeState, tuple[Tensor, ...]]:
+        """The inverse of `flatten`, and what comes after it in `flat`."""
+        rest = iter(flat)
+
+        def take(count: int) -> list[Tensor]:
+            return [next(rest) for _ in range(count)]
+
+        parameters = dict(zip(self.names, take(len(self.names)), strict=True))
+        layers = len(self.model.config.layers)
+        keys, values, frequencies = take(layers), take(layers), take(self.model.num_ropes)
+        cache = KVCache(keys, values, frequencies, self.max_seq_len)
+        tokens, positions, advance, seen = take(4)
+        state = DecodeState(tokens, positions, advance, RowParams(*take(len(fields(RowParams)))), seen)
+
+        def model(*args: Any) -> Tensor:
+            result: Tensor = torch.func.functional_call(self.model, parameters, args)
+            return result
+
+        return model, cache, state, tuple(rest)
+
+
+class CompiledSteps:
+    """`prefill` and `decode` with the signatures of `generate.step`, compiled where asked, each form of them once."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        *,
+        compile_decode: bool,
+        compile_prefill: bool,
+        prefill_chunk: int,
+        cache_dir: Path | None,
+        ledger: Ledger,
+        report: Callable[[str], None],
+    ) -> None:
+        """cache_dir: where packages are kept; None keeps none. report: told of each hit and miss, in words."""
+        self.model = model
+        self.compile_decode, self.compile_prefill = compile_decode, compile_prefill
+        self.prefill_chunk = prefill_chunk
+        self.cache_dir = None if cache_dir is None else cache_dir / "compiled"
+        self.ledger, self.report = ledger, report
+        self._decoders: dict[tuple[int, SamplingPlan], Callable[[Tensor], Tensor]] = {}
+        self._prefills: dict[SamplingPlan, Callable[..., Tensor]] = {}
+
+    def prepare(self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan) -> None:
+        """Compile, or load, what running rows `slots_B` with this plan will need."""
+        if self.compile_decode:
+            self._decoder(cache, state, slots_B, plan)
+        if self.compile_prefill:
+            self._prefill(cache, state, plan)
+
+    def decode(
+        self, model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan
+    ) -> Tensor:
+        """`generate.step.decode`."""
+        if not self.compile_decode:
+            return step.decode(model, cache, state, slots_B, plan)
+        return self._decoder(cache, state, slots_B, plan)(slots_B)
+
+    def prefill(
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        state: DecodeState,
+        tokens_1T: Tensor,
+        start_1: Tensor,
+        slots_1: Tensor,
+        last_1: Tensor,
+        context: int,
+        plan: SamplingPlan,
+    ) -> Tensor:
+        """`generate.step.prefill`."""
+        if not self.compile_prefill:
+            return step.prefill(model, cache, state, tokens_1T, start_1, slots_1, last_1, context, plan)
+        if tokens_1T.shape[1] == 1:  # a length of one would be compiled apart; what padding writes is overwritten
+            tokens_1T, context = torch.cat((tokens_1T, tokens_1T), dim=1), context + 1
+        run = self._prefill(cache, state, plan)
+        return run(tokens_1T, start_1, slots_1, last_1, torch.tensor(context))
+
+    def _decoder(
+        self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan
+    ) -> Callable[[Tensor], Tensor]:
+        key = (slots_B.shape[0], plan)
+        if key not in self._decoders:
+            tensors = self._tensors(cache)
+            flat = tensors.flatten(cache, state)
+
+            def traced(*inputs: Tensor) -> Tensor:
+                model, its_cache, its_state, (slots,) = tensors.restore(inputs)
+                return step.decode(model, its_cache, its_state, slots, plan)
+
+            with self.ledger.phase("compile"):
+                program = self._program(f"decode, batch {key[0]}", traced, [*flat, slots_B], {}, repr(key))
+                if slots_B.is_cuda:
+                    self._decoders[key] = _captured(program, flat, slots_B, state)
+                else:
+                    self._decoders[key] = lambda slots: program.run([*flat, slots])[0]
+        return self._decoders[key]
+
+    def _prefill(self, cache: KVCache, state: DecodeState, plan: SamplingPlan) -> Callable[..., Tensor]:
+        if plan not in self._prefills:
+            tensors = self._tensors(cache)
+            flat = tensors.flatten(cache, state)
+
+            def traced(*inputs: Tensor) -> Tensor:
+                model, its_cache, its_state, (tokens, start, slots, last, context) = tensors.restore(inputs)
+                return step.prefill(model, its_cache, its_state, tokens, start, slots, last, context, plan)
+
+            length = min(self.prefill_chunk, cache.max_seq_len)
+            tokens = torch.zeros(1, max(2, length // 2), dtype=torch.int64, device=cache.keys[0].device)
+            one = torch.zeros(1, dtype=torch.int64, device=tokens.device)
+            inputs = [*flat, tokens, one, one.clone(), one.clone(), torch.tensor(tokens.shape[1])]
+            dynamic = {len(flat): {1: torch.export.Dim("T", min=2, max=length)}}
+            with self.ledger.phase("compile"):
+                program = self._program("prefill", traced, inputs, dynamic, repr((plan, length)))
+            self._prefills[plan] = lambda *rest: program.run([*flat, *rest])[0]
+        return self._prefills[plan]
+
+    def _tensors(self, cache: KVCache) -> Tensors:
+        return Tensors(tuple(name for name, _ in self.model.named_parameters()), self.model, cache.max_seq_len)
+
+    def _program(
+        self, what: str, function: Callable[..., Tensor], inputs: list[Tensor], dynamic: dict[int, Any], form: str
+    ) -> Program:
+        """The compiled `function`, out of the cache if it is there and whole."""
+        device = inputs[0].device
+        shapes = [(str(t.dtype), tuple(t.shape), t.stride()) for t in inputs]
+        key = environment_key(device, form, repr(self.model.config), repr(shapes))
+        kept = None if self.cache_dir is None else self.cache_dir / f"{key}.pt2"
+        began = time.perf_counter()
+        if kept is not None and (program := _load_kept(kept, device)) is not None:
+            self.report(f"{what}: compiled before, loaded in {time.perf_counter() - began:.1f} s")
+            return program
+        native_compiler()
+        self.report(f"{what}: compiling, which takes a while the first time")
+        with tempfile.TemporaryDirectory(prefix="torchchat-") as directory:
+            path = Path(directory) / "step.pt2"
+            _compile(function, inputs, dynamic, path)
+            program = _load(path, device)
+            seconds = time.perf_counter() - began
+            self.report(f"{what}: compiled in {seconds:.1f} s{', not kept' if kept is None else ''}")
+            if kept is not None:
+                self._keep(path, kept)
+        return program
+
+    def _keep(self, path: Path, kept: Path) -> None:
+        try:
+            data = path.read_bytes()
+            atomic_write(kept, data)
+            atomic_write(kept.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode())
+            _prune(kept.parent)
+        except OSError as error:
+            self.report(f"compiled code could not be kept in {kept.parent}: {error.strerror}; the next run compiles again")
+
+
+def _compile(function: Callable[..., Tensor], inputs: list[Tensor], dynamic: dict[int, Any], path: Path) -> None:
+    """Export `function` of `inputs` and compile it into the package `path`. dynamic: input -> dimension -> Dim."""
+
+    class Step(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return function(*tensors)
+
+    from torch._inductor import aoti_compile_and_package
+
+    shapes = (tuple(dynamic.get(i) for i in range(len(inputs))),) if dynamic else None
+    try:
+        with _quiet(), torch.inference_mode(False), torch.no_grad(), tracing(), _kept_whole():
+            program = torch.export.export(Step(), tuple(inputs), dynamic_shapes=shapes, strict=False)
+            aoti_compile_and_package(program, package_path=str(path))
+    except (RuntimeError, OSError) as error:
+        if "Compile" not in type(error).__name__ and not isinstance(error, OSError):
+            raise
+        raise UserError(
+            f"the compiler failed: {str(error).splitlines()[0]}; run without --compile, or mend the C++ compiler"
+        ) from error
+
+
+@contextlib.contextmanager
+def _kept_whole() -> Iterator[None]:
+    """Inductor would take a matrix-vector product apart into a slower loop of its own."""
+    from torch._inductor.decomposition import decompositions
+
+    mv = torch.ops.aten.mv.default
+    saved = decompositions.pop(mv, None)
+    try:
+        yield
+    finally:
+        if saved is not None:
+            decompositions[mv] = saved
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The compiler's remarks are for its makers; what fails is raised."""
+    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._export", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _load(path: Path, device: torch.device) -> Program:
+    index = -1 if device.type == "cpu" else (device.index or 0)
+    # Single-threaded: no locks and no events of its own, which a CUDA graph could not capture.
+    program: Program = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+    return program
+
+
+def _load_kept(path: Path, device: torch.device) -> Program | None:
+    """A package out of the cache; None if it is missing, damaged or does not load here."""
+    try:
+        digest = path.with_suffix(".sha256").read_bytes().decode()
+        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+            return None
+        program = _load(path, device)
+        os.utime(path)
+    except (OSError, UnicodeDecodeError, RuntimeError):
+        return None
+    return program
+
+
+def _prune(directory: Path) -> None:
+    packages = sorted(directory.glob("*.pt2"), key=lambda path: path.stat().st_mtime)
+    for path in packages[:-KEPT_PACKAGES]:
+        path.unlink(missing_ok=True)
+        path.with_suffix(".sha256").unlink(missing_ok=True)
+
+
+def _captured(
+    program: Program, flat: list[Tensor], slots_B: Tensor, state: DecodeState
+) -> Callable[[Tensor], Tensor]:
+    """The step as one CUDA graph: a replay costs the host one launch. Its warm-up leaves no trace in the state."""
+    slots = slots_B.clone()
+    held = [state.tokens, state.positions, state.seen]
+    saved = [tensor.clone() for tensor in held]
+    stream = torch.cuda.Stream(slots.device)
+    stream.wait_stream(torch.cuda.current_stream(slots.device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            program.run([*flat, slots])
+    torch.cuda.current_stream(slots.device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        tokens_B = program.run([*flat, slots])[0]
+    for tensor, before in zip(held, saved, strict=True):
+        tensor.copy_(before)
+
+    def replay(slots_B: Tensor) -> Tensor:
+        slots.copy_(slots_B)
+        graph.replay()
+        return tokens_B
+
+    return replay

@@ -23,6 +23,8 @@ from config.settings import Setting
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CPU_BUFFER_BYTES = 512 * 2**20
 GPU_BUFFER_BYTES = 2 * 2**30
+BUSY_SHARE = 0.15
+"""Of all processors' time: from there on the machine counts as used by others."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,8 @@ def reset_peak_memory(device: torch.device) -> None:
 def known_bandwidth(device: torch.device, directory: Path | None, say: Callable[[str], None]) -> Bandwidth:
     """This machine's bandwidth as kept in `directory` (the cache directory), measured and kept if it is not there yet.
 
-    `say` is told if it cannot be kept. Measuring takes memory: read `peak_memory_bytes` before.
+    `say` is told if it cannot be kept. What was measured while others used the processors is not kept, so that one busy
+    moment does not spoil every later figure. Measuring takes memory: read `peak_memory_bytes` before.
     """
     key = f"{device_name(device)}, {torch.get_num_threads()} of {os.cpu_count()} threads, torch {torch.__version__}"
     file = directory and directory / "bandwidth" / f"{device.type}-{sha256(key.encode()).hexdigest()[:16]}.json"
@@ -186,12 +189,24 @@ def known_bandwidth(device: torch.device, directory: Path | None, say: Callable[
             return Bandwidth(copy_gb_s=float(kept["copy_gb_s"]), read_gb_s=float(kept["read_gb_s"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not there, or damaged: measured anew below
+    began, others_began_s = time.monotonic(), _cpu_seconds_of_others()
     measured = measure_bandwidth(device)
+    processor_s = (time.monotonic() - began) * (os.cpu_count() or 1)
+    if _cpu_seconds_of_others() - others_began_s > BUSY_SHARE * processor_s:
+        return measured
     try:
         atomic_write(file, json.dumps({"key": key, **asdict(measured)}, indent=1).encode())
     except OSError as error:  # a full disk costs the next run half a second, nothing else
         say(f"the measured bandwidth is not kept: {error}")
     return measured
+
+
+def _cpu_seconds_of_others() -> float:
+    """Processor time that other processes, and other guests of the same host, have used since the system started."""
+    times = psutil.cpu_times()._asdict()
+    idle = ("idle", "iowait", "guest", "guest_nice")  # a guest's time is in "user" too
+    ours = os.times()
+    return float(sum(spent for name, spent in times.items() if name not in idle)) - ours.user - ours.system
 
 
 def measure_bandwidth(device: torch.device) -> Bandwidth:

@@ -1,7 +1,9 @@
 """What "fast" means on hardware of every kind, told from what torch and the system say about it."""
 
+import itertools
 import json
 
+import psutil
 import pytest
 import torch
 
@@ -101,6 +103,26 @@ def test_measured_bandwidth_is_plausible(monkeypatch):
     assert 0.1 < measured.copy_gb_s < 10_000
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """Nobody else uses the processors."""
+    monkeypatch.setattr(device_module, "_cpu_seconds_of_others", lambda: 0.0)
+
+
+def test_time_of_others_leaves_out_what_nobody_used():
+    used = psutil.cpu_times()
+    assert 0 < device_module._cpu_seconds_of_others() <= sum(used) - used.idle + 1
+
+
+def test_bandwidth_measured_on_a_busy_machine_is_not_kept(monkeypatch, tmp_path):
+    clock = itertools.count(0.0, 1000.0)
+    monkeypatch.setattr(device_module, "_cpu_seconds_of_others", lambda: next(clock))
+    monkeypatch.setattr(device_module, "measure_bandwidth", lambda device: Bandwidth(1.0, 2.0))
+    assert known_bandwidth(CPU, tmp_path, pytest.fail) == Bandwidth(1.0, 2.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("alone")
 def test_bandwidth_is_kept_and_a_damaged_file_is_measured_again(monkeypatch, tmp_path):
     results = iter([Bandwidth(1.0, 2.0), Bandwidth(3.0, 4.0)])
     monkeypatch.setattr(device_module, "measure_bandwidth", lambda device: next(results))
@@ -120,6 +142,7 @@ def test_bandwidth_needs_no_cache(monkeypatch):
     assert known_bandwidth(CPU, None, pytest.fail) == Bandwidth(1.0, 2.0)
 
 
+@pytest.mark.usefixtures("alone")
 def test_bandwidth_that_cannot_be_kept_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(device_module, "measure_bandwidth", lambda device: Bandwidth(1.0, 2.0))
     (tmp_path / "bandwidth").touch()  # a file where the directory would be

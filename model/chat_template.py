@@ -51,7 +51,7 @@ def load_chat_template(path: Path, tokenizer: Tokenizer) -> "ChatTemplate | None
 
 
 class ChatTemplate:
-    """A model's template. Its process starts at once, to be there when it is needed. Threads may share it."""
+    """A model's template. Threads may share it."""
 
     def __init__(self, source: Path, template: str, tokenizer: Tokenizer) -> None:
         if len(template.encode()) > MAX_TEMPLATE_BYTES:
@@ -140,39 +140,41 @@ def _translate(value: Any, table: Mapping[int, str]) -> Any:
 
 
 class _Sandbox:
-    """The process that renders; started again when it had to be ended."""
+    """The process that renders: started when it is first asked, and again when it had to be ended."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._start()
+        self._process: subprocess.Popen[bytes] | None = None
 
-    def _start(self) -> None:
+    def _started(self) -> "subprocess.Popen[bytes]":
+        if self._process is not None and self._process.poll() is None:
+            return self._process
         # -I: neither the environment nor the working directory says what is imported; our own path does.
         command = [sys.executable, "-I", "-c", BOOTSTRAP, str(SANDBOX), *filter(None, sys.path)]
         # In a session of its own it does not hear Ctrl-C, which is for us.
-        self._process = subprocess.Popen(
+        process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
         )
-        self._end = weakref.finalize(self, _end, self._process)
+        weakref.finalize(self, _end, process)
+        self._process = process
+        return process
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
         """The answer; None when there was none in time."""
         with self._lock:
-            if self._process.poll() is not None:
-                self._end()
-                self._start()
-            timer = threading.Timer(MAX_SECONDS, self._process.kill)
+            process = self._started()
+            timer = threading.Timer(MAX_SECONDS, process.kill)
             timer.daemon = True
             timer.start()
             try:
-                stdin, stdout = _pipes(self._process)
+                stdin, stdout = _pipes(process)
                 stdin.write(json.dumps(request).encode() + b"\n")
                 stdin.flush()
                 line = stdout.readline()
                 answer: dict[str, Any] = json.loads(line)
             except (OSError, ValueError):
-                self._process.kill()
-                self._process.wait()
+                process.kill()
+                process.wait()
                 return None
             finally:
                 timer.cancel()

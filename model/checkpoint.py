@@ -4,14 +4,15 @@ Reads directories, indexes and headers; does not know torch, nor what a tensor i
 """
 
 import json
+import math
 import re
-import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from config.errors import UserError
+from model.config import read_llama2c_header
 
 Format = Literal["safetensors", "torch", "meta", "llama2c"]
 
@@ -20,7 +21,9 @@ TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 MAX_INDEX_BYTES = 64 << 20
 ZIP_MAGIC = b"PK\x03\x04"
-LLAMA2C_VERSIONED_MAGIC = b"24ka"  # 0x616B3432, little-endian: llama2.c's later, versioned export
+GIT_LFS = b"version https://git-lfs"
+LLAMA2C_VERSIONED = b"24ka"  # 0x616B3432, little-endian: llama2.c's later, versioned exports
+LLAMA2C_ARGUMENTS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
 
 
 @dataclass(frozen=True)
@@ -31,26 +34,6 @@ class CheckpointFiles:
     files: tuple[Path, ...]
     index: Path | None = None
     weight_map: Mapping[str, Path] | None = None
-
-
-@dataclass(frozen=True)
-class Llama2cHeader:
-    """The header of a llama2.c `.bin`, version 0: seven int32. A negative vocabulary size means an untied output."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    vocab_size: int
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-
-    SIZE = 28
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
 
 
 def find_checkpoint(path: Path) -> CheckpointFiles:
@@ -122,10 +105,8 @@ def _format_of_file(path: Path) -> Format:
     if head.startswith(ZIP_MAGIC):
         return "torch"
     if path.suffix == ".bin":
-        if head.startswith(LLAMA2C_VERSIONED_MAGIC):
-            raise UserError(f"{path}: is a llama2.c export of version 1 or 2; export it again with version 0")
-        if is_llama2c(path):
-            return "llama2c"
+        llama2c_layout(path)
+        return "llama2c"
     if path.suffix == ".safetensors":
         return _expect(path, "safetensors")
     raise wrong_file(path, "weights in a format that is known here (safetensors, PyTorch, llama2.c)")
@@ -161,7 +142,7 @@ def first_bytes(path: Path, count: int = 64) -> bytes:
 def wrong_file(path: Path, wanted: str) -> UserError:
     """The error for a file that is not what its name says, with a guess at what it is."""
     head = first_bytes(path).lstrip()
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(GIT_LFS):
         return UserError(f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` there or get it again")
     if head[:1] == b"<":
         return UserError(f"{path}: is a web page, not {wanted}; get the file itself")
@@ -187,54 +168,39 @@ def read_json(path: Path, limit: int = MAX_INDEX_BYTES) -> dict[str, Any]:
     return value
 
 
-def is_llama2c(path: Path) -> bool:
-    """Whether a file begins like a llama2.c `.bin`: seven plausible numbers."""
-    head = first_bytes(path, Llama2cHeader.SIZE)
-    if len(head) < Llama2cHeader.SIZE:
-        return False
-    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("<7i", head)
-    positive = min(dim, hidden, layers, heads, kv_heads, length) > 0 and vocab != 0
-    small = max(dim, hidden, abs(vocab), length) < 1 << 24 and max(layers, heads) < 1 << 14
-    return bool(positive and small and dim % heads == 0 and heads % kv_heads == 0 and (dim // heads) % 2 == 0)
+def llama2c_layout(path: Path) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """Where each tensor of a llama2.c `.bin` is: Meta's name -> (offset in bytes, shape); "" is the end of the file.
 
-
-def read_llama2c_header(path: Path) -> Llama2cHeader:
-    """The dimensions of a llama2.c `.bin`. Raises UserError when the file does not begin with them."""
-    if not is_llama2c(path):
-        raise wrong_file(path, "a llama2.c model")
-    dim, hidden, layers, heads, kv_heads, vocab, length = struct.unpack("<7i", first_bytes(path, Llama2cHeader.SIZE))
-    return Llama2cHeader(dim, hidden, layers, heads, kv_heads, abs(vocab), length, tie_word_embeddings=vocab > 0)
-
-
-def llama2c_layout(header: Llama2cHeader) -> dict[str, tuple[int, tuple[int, ...]]]:
-    """Where each tensor of a llama2.c `.bin` is: Meta's name -> (offset in float32 values after the header, shape).
-
-    The order is that of llama2.c's `memory_map_weights`: each kind of tensor for all layers in turn, then two tables
-    of the rotary embedding that nobody needs, then the output where it is untied. The last entry, "", is the end.
+    The orders are those of llama2.c's exports of version 0, which has two tables of the rotary embedding that nobody
+    needs before its output, and 1. Raises UserError when the file does not begin with plausible dimensions.
     """
-    dim, hidden, vocab = header.hidden_size, header.intermediate_size, header.vocab_size
-    kv_dim = header.num_key_value_heads * header.head_dim
-    per_layer: tuple[tuple[str, tuple[int, ...]], ...] = (
-        ("attention_norm", (dim,)),
-        ("attention.wq", (dim, dim)),
-        ("attention.wk", (kv_dim, dim)),
-        ("attention.wv", (kv_dim, dim)),
-        ("attention.wo", (dim, dim)),
-        ("ffn_norm", (dim,)),
-        ("feed_forward.w1", (hidden, dim)),
-        ("feed_forward.w2", (dim, hidden)),
-        ("feed_forward.w3", (hidden, dim)),
-    )
-    layout: dict[str, tuple[int, tuple[int, ...]]] = {"tok_embeddings.weight": (0, (vocab, dim))}
-    at = vocab * dim
-    for name, shape in per_layer:
-        for layer in range(header.num_hidden_layers):
-            layout[f"layers.{layer}.{name}.weight"] = (at, shape)
-            at += shape[0] * (shape[1] if len(shape) > 1 else 1)
-    layout["norm.weight"] = (at, (dim,))
-    at += dim + header.max_position_embeddings * header.head_dim
-    if not header.tie_word_embeddings:
-        layout["output.weight"] = (at, (vocab, dim))
-        at += vocab * dim
-    layout[""] = (at, ())
-    return layout
+    if (head := first_bytes(path).lstrip()).startswith((GIT_LFS, b"<")) or not head.strip(b"\0"):
+        raise wrong_file(path, "a llama2.c model")
+    args = read_llama2c_header(path)
+    dim, hidden, layers, heads, kv_heads, vocab, length = (int(str(args[name])) for name in LLAMA2C_ARGUMENTS)
+    positive = min(dim, hidden, layers, heads, kv_heads, vocab, length) > 0
+    if not positive or max(dim, hidden, vocab, length) >= 1 << 24 or layers >= 1 << 14 or dim % heads:
+        raise wrong_file(path, "a llama2.c model")
+    kv_dim = kv_heads * (dim // heads)
+    norms: list[tuple[str, tuple[int, ...]]] = [("attention_norm", (dim,)), ("ffn_norm", (dim,))]
+    attention = [(f"attention.w{x}", (rows, dim)) for x, rows in (("q", dim), ("k", kv_dim), ("v", kv_dim), ("o", dim))]
+    ffn = [(f"feed_forward.w{i}", (dim, hidden) if i == 2 else (hidden, dim)) for i in (1, 2, 3)]
+
+    def of_each_layer(kinds: Sequence[tuple[str, tuple[int, ...]]]) -> list[tuple[str, tuple[int, ...]]]:
+        return [(f"layers.{i}.{kind}", shape) for kind, shape in kinds for i in range(layers)]
+
+    embeddings, norm, rope_tables = ("tok_embeddings", (vocab, dim)), ("norm", (dim,)), ("", (length, dim // heads))
+    if first_bytes(path).startswith(LLAMA2C_VERSIONED):
+        at = 256
+        order = [*of_each_layer(norms), norm, embeddings, *of_each_layer([*attention, *ffn])]
+    else:
+        at = 28
+        order = [embeddings, *of_each_layer([norms[0], *attention, norms[1], *ffn]), norm, rope_tables]
+    if not args["tie_word_embeddings"]:
+        order.append(("output", (vocab, dim)))
+    layout: dict[str, tuple[int, tuple[int, ...]]] = {}
+    for name, shape in order:
+        layout[f"{name}.weight"] = (at, shape)
+        at += 4 * math.prod(shape)
+    layout.pop(".weight", None)
+    return {**layout, "": (at, ())}

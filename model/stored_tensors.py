@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from config.errors import UserError
-from model.checkpoint import CheckpointFiles, Llama2cHeader, llama2c_layout, read_llama2c_header
+from model.checkpoint import CheckpointFiles, llama2c_layout
 
 # Safetensors' names of the types that weights may have here.
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -136,20 +136,19 @@ def _constant(tensor: Tensor) -> Callable[[], Tensor]:
 
 
 def _open_llama2c(file: Path) -> dict[str, StoredTensor]:
-    header = read_llama2c_header(file)
-    layout = llama2c_layout(header)
-    expected, size = Llama2cHeader.SIZE + 4 * layout.pop("")[0], os.path.getsize(file)
+    layout = llama2c_layout(file)
+    (expected, _), size = layout.pop(""), os.path.getsize(file)
     if size != expected:
-        at = next((name for name, (start, shape) in layout.items() if 28 + 4 * (start + math.prod(shape)) > size), None)
-        where = f" in tensor {at!r}" if size < expected and at else ""
-        state = "is cut short" if size < expected else "is too long"
-        raise UserError(f"{file}: {state}{where}: its header asks for {expected} bytes, and {size} are there")
+        at = next((name for name, (start, shape) in layout.items() if start + 4 * math.prod(shape) > size), None)
+        where = f" in tensor {at!r}" if at else ""
+        state = f"is cut short{where}" if size < expected else "is too long"
+        raise UserError(f"{file}: {state}: its header asks for {expected} bytes, and {size} are there")
 
     def reader(start: int, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-        # The header is seven int32, so that the whole file can be mapped as float32.
-        begin = Llama2cHeader.SIZE // 4 + start
+        # Headers are whole numbers of float32 long, so that all of the file can be mapped as such.
+        begin, count = start // 4, math.prod(shape)
         return lambda: torch.from_file(str(file), shared=False, size=size // 4, dtype=torch.float32)[
-            begin : begin + math.prod(shape)
+            begin : begin + count
         ].view(shape)
 
     return {

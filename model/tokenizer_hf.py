@@ -38,7 +38,7 @@ class HuggingFaceTokenizer(PieceTokenizer):
         self._decoder = _Decoder(path, library)
         added = library.get_added_tokens_decoder()
         special = {i: token for i, token in added.items() if _is_special(i, token, metadata)}
-        self._added = {i: token.content.encode() for i, token in added.items()}
+        self._added = {i: token.content for i, token in added.items()}
         self._piece = library.id_to_token
         count = 1 + max(library.get_vocab().values(), default=-1)
         first = library.encode("").ids[:1]
@@ -79,8 +79,9 @@ class HuggingFaceTokenizer(PieceTokenizer):
         return f" {text}" if self._metaspace and text.startswith(" ") else text
 
     def _bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token]
+        if self._decoder.byte_level and token in self._added:
+            # Added tokens are written as they are, not as characters for bytes.
+            return self._added[token].encode()
         piece = self._piece(token)
         return b"" if piece is None else self._decoder.bytes(piece)
 

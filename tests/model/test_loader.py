@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from config.errors import UserError
-from model.checkpoint import Llama2cHeader, find_checkpoint, read_llama2c_header
+from model.checkpoint import find_checkpoint
 from model.config import LayerConfig, ModelConfig, RopeConfig
 from model.loader import load_weights
 from model.transformer import Transformer
@@ -154,21 +154,29 @@ def write_meta_shards(path: Path, state: State, config: ModelConfig, embedding_d
     return path
 
 
-def write_llama2c_bin(path: Path, state: State, config: ModelConfig) -> Path:
-    state = meta_state(state, config)
-    vocab = config.vocab_size if config.tie_word_embeddings else -config.vocab_size
-    n = len(config.layers)
+def write_llama2c_bin(path: Path, state: State, config: ModelConfig, version: int = 0) -> Path:
+    state, n = meta_state(state, config), len(config.layers)
+    vocab = -config.vocab_size if version == 0 and not config.tie_word_embeddings else config.vocab_size
+    dims = (config.hidden_size, config.intermediate_size, n, config.num_attention_heads)
+    header = struct.pack("<7i", *dims, config.num_key_value_heads, vocab, config.max_position_embeddings)
+    attention = ("attention.wq", "attention.wk", "attention.wv", "attention.wo")
+    ffn = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    rope = b""
+    if version == 0:
+        kinds = ("attention_norm", *attention, "ffn_norm", *ffn)
+        names = ["tok_embeddings", *(f"layers.{i}.{kind}" for kind in kinds for i in range(n)), "norm"]
+        rope = torch.full((config.max_position_embeddings * config.head_dim,), 7.0).numpy().tobytes()
+    else:
+        header = struct.pack("<Ii", 0x616B3432, 1) + header + bytes([config.tie_word_embeddings])
+        header = header.ljust(256, b"\0")
+        names = [f"layers.{i}.{kind}" for kind in ("attention_norm", "ffn_norm") for i in range(n)]
+        names += ["norm", "tok_embeddings", *(f"layers.{i}.{kind}" for kind in (*attention, *ffn) for i in range(n))]
     file = path / "stories.bin"
     with file.open("wb") as out:
-        dims = (config.hidden_size, config.intermediate_size, n, config.num_attention_heads)
-        out.write(struct.pack("<7i", *dims, config.num_key_value_heads, vocab, config.max_position_embeddings))
-        names = ["tok_embeddings"]
-        attention = ("attention_norm", "attention.wq", "attention.wk", "attention.wv", "attention.wo")
-        for kind in (*attention, "ffn_norm", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
-            names += [f"layers.{i}.{kind}" for i in range(n)]
-        for name in [*names, "norm"]:
+        out.write(header)
+        for name in names:
             out.write(state[f"{name}.weight"].numpy().tobytes())
-        out.write(torch.full((config.max_position_embeddings * config.head_dim,), 7.0).numpy().tobytes())
+        out.write(rope)
         if not config.tie_word_embeddings:
             out.write(state["output.weight"].numpy().tobytes())
     return file
@@ -206,6 +214,7 @@ WRITERS = {
     "meta, 2 pieces as Llama 2": lambda p, s, c: write_meta_shards(p, s, c, 1),
     "meta, 2 pieces as Llama 3": lambda p, s, c: write_meta_shards(p, s, c, 0),
     "llama2.c bin": write_llama2c_bin,
+    "llama2.c bin, version 1": lambda p, s, c: write_llama2c_bin(p, s, c, 1),
     "llama2.c pt": write_llama2c_pt,
     "fused": write_fused,
 }
@@ -343,10 +352,11 @@ def test_a_module_may_be_replaced_as_soon_as_it_is_there(tmp_path: Path) -> None
     assert sum(ref() is not None for ref in alive) == 0
 
 
-def test_the_llama2c_header_is_read(tmp_path: Path) -> None:
+def test_a_directory_with_one_llama2c_file_is_that_file(tmp_path: Path) -> None:
     file = write_llama2c_bin(tmp_path, hf_state(CONFIG), CONFIG)
-    assert read_llama2c_header(file) == Llama2cHeader(24, 40, 2, 4, 2, 48, 16, False)
+    (tmp_path / "tokenizer.bin").write_bytes(b"x")
     assert find_checkpoint(tmp_path).files == (file,)
+    assert "norm.weight" in load(CONFIG, tmp_path)
 
 
 # What is damaged, and what the one line says.
@@ -392,12 +402,14 @@ def test_a_llama2c_file_of_the_wrong_size_is_named(tmp_path: Path) -> None:
     file.write_bytes(data[: size // 2])
     assert "cut short in tensor 'layers." in refused(CONFIG, file)
     file.write_bytes(data[:20])
-    assert "is not" in refused(CONFIG, file)
+    assert "truncated" in refused(CONFIG, file)
+    file.write_bytes(struct.pack("<7i", 24, 40, 2, 5, 2, 48, 16) + bytes(100))
+    assert "is not a llama2.c model" in refused(CONFIG, file)
 
 
-def test_a_later_llama2c_export_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "model.bin").write_bytes(struct.pack("<Ii", 0x616B3432, 1) + bytes(300))
-    assert "version 1 or 2" in refused(CONFIG, tmp_path / "model.bin")
+def test_a_quantized_llama2c_export_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.bin").write_bytes(struct.pack("<Ii", 0x616B3432, 2) + bytes(300))
+    assert "version 2" in refused(CONFIG, tmp_path / "model.bin")
 
 
 def test_missing_extra_and_misshapen_tensors_are_named(tmp_path: Path) -> None:
@@ -468,7 +480,7 @@ def test_other_files_are_told_for_what_they_are(tmp_path: Path, name: str) -> No
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n", "git-lfs pointer"),
         (b"<!DOCTYPE html><html><body>not found</body></html>", "web page"),
         (b"", "is empty"),
-        (b"hello, this is a text and nothing else", "is not"),
+        (b"hello, this is a text and nothing else, but a long one, of more than a header", "is not"),
     ):
         (tmp_path / name).write_bytes(data)
         message = refused(CONFIG, tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tiktoken.load
+import tokenizers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -50,7 +51,7 @@ KINDS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     return {kind: load_tokenizer(write(tmp_path_factory.mktemp("t")), tiny_config()) for kind, write in KINDS.items()}
 
 
@@ -72,8 +73,8 @@ def check_text(tokenizer: Tokenizer, text: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_text_comes_back_and_makes_no_special_token(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    tokenizer = tokenizers[kind]
+def test_every_text_comes_back_and_makes_no_special_token(loaded: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = loaded[kind]
     for text in [*NASTY, *SENTENCES[:5], *tokenizer.special_pieces]:
         check_text(tokenizer, text)
         check_text(tokenizer, f"{text}\n{text} x")
@@ -82,8 +83,8 @@ def test_every_text_comes_back_and_makes_no_special_token(tokenizers: dict[str, 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_any_text_comes_back(tokenizers: dict[str, Tokenizer], kind: str, data: st.DataObject) -> None:
-    tokenizer = tokenizers[kind]
+def test_any_text_comes_back(loaded: dict[str, Tokenizer], kind: str, data: st.DataObject) -> None:
+    tokenizer = loaded[kind]
     fragments = st.one_of(
         st.text(max_size=8),
         st.sampled_from([" ", "▁", "\n", *MARKERS, "<0x0A>", "dog", *sorted(tokenizer.special_pieces)[:9]]),
@@ -92,8 +93,8 @@ def test_any_text_comes_back(tokenizers: dict[str, Tokenizer], kind: str, data: 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_special_tokens_stand_where_they_are_put(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    tokenizer = tokenizers[kind]
+def test_special_tokens_stand_where_they_are_put(loaded: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = loaded[kind]
     special = sorted(special_ids(tokenizer))[0]
     ids = tokenizer.encode_parts([special, special, "a dog", special, "x ▁ y", special])
     assert [i for i, token in enumerate(ids) if token == special][:2] == [0, 1]
@@ -106,8 +107,8 @@ def test_special_tokens_stand_where_they_are_put(tokenizers: dict[str, Tokenizer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bos_is_put_once_and_has_no_text(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    tokenizer = tokenizers[kind]
+def test_bos_is_put_once_and_has_no_text(loaded: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = loaded[kind]
     assert tokenizer.bos_id is not None
     assert tokenizer.add_bos
     assert tokenizer.encode("", bos=True) == [tokenizer.bos_id]
@@ -121,8 +122,8 @@ def test_bos_is_put_once_and_has_no_text(tokenizers: dict[str, Tokenizer], kind:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ids_outside_the_vocabulary_are_refused(tokenizers: dict[str, Tokenizer], kind: str) -> None:
-    tokenizer = tokenizers[kind]
+def test_ids_outside_the_vocabulary_are_refused(loaded: dict[str, Tokenizer], kind: str) -> None:
+    tokenizer = loaded[kind]
     for token in (-1, 4096, 1 << 40):
         with pytest.raises(UserError, match="vocabulary ends at 4095"):
             tokenizer.decode([token])
@@ -133,9 +134,9 @@ def test_ids_outside_the_vocabulary_are_refused(tokenizers: dict[str, Tokenizer]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_text_that_is_no_unicode_is_one_line(tokenizers: dict[str, Tokenizer], kind: str) -> None:
+def test_text_that_is_no_unicode_is_one_line(loaded: dict[str, Tokenizer], kind: str) -> None:
     with pytest.raises(UserError, match="at character 2, which is no character"):
-        tokenizers[kind].encode("ab\udcff", bos=False)
+        loaded[kind].encode("ab\udcff", bos=False)
 
 
 # Parity with the libraries and with Transformers.
@@ -238,6 +239,18 @@ def test_added_tokens_that_are_not_special_are_text(tmp_path: Path) -> None:
     assert tokenizer.decode(ids) == "<think>x"
 
 
+def test_added_spaces_are_spaces(tmp_path: Path) -> None:
+    """Gemma has added tokens of several spaces, written as its pieces are."""
+    write_metaspace(tmp_path)
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    library.add_tokens([tokenizers.AddedToken("▁▁▁", normalized=False)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path, tiny_config())
+    ids = [library.token_to_id("d"), library.token_to_id("▁▁▁"), library.token_to_id("d")]
+    assert tokenizer.decode(ids) == library.decode(ids) == "d   d"
+    check_text(tokenizer, "a▁▁▁b   c")
+
+
 def test_a_token_that_metadata_call_special_is_special(tmp_path: Path) -> None:
     write_byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<think>"}))
@@ -294,10 +307,10 @@ def test_tiktoken_ids_are_the_librarys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("run", ["a", " ", "\n", "ab ", "é", "!"])
-def test_a_very_long_text_is_encoded_in_time(tokenizers: dict[str, Tokenizer], run: str) -> None:
+def test_a_very_long_text_is_encoded_in_time(loaded: dict[str, Tokenizer], run: str) -> None:
     text = run * (450_000 // len(run))
     for kind in ("tiktoken", "byte level", "sentencepiece bpe", "metaspace first"):
-        tokenizer = tokenizers[kind]
+        tokenizer = loaded[kind]
         assert tokenizer.decode(tokenizer.encode(text, bos=False)) == text
 
 

@@ -12,8 +12,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import model.chat_template
 from config.errors import UserError
 from model.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, load_chat_template
+from model.default.vocabulary import Vocabulary
+from model.default.vocabulary import train_tokenizer as train_vocabulary
 from model.tokenizer import Tokenizer, load_tokenizer
 from tests.model.tiny_tokenizers import (
+    SENTENCES,
     tiny_config,
     write_byte_level,
     write_metaspace,
@@ -302,3 +305,21 @@ def test_the_process_ends_with_the_template(tmp_path: Path) -> None:
     process = template._sandbox._process
     del template
     assert process.poll() is not None
+
+
+def test_the_embedded_models_own_layout_is_rendered(tmp_path: Path) -> None:
+    """What the default model was trained on is what its template makes, here and in Transformers."""
+    vocabulary = Vocabulary(train_vocabulary(iter(SENTENCES), 400))
+    vocabulary.save(tmp_path, 512)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tokenizer = load_tokenizer(tmp_path, tiny_config())
+    template = load_chat_template(tmp_path, tokenizer)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert template is not None
+    for conversation in CONVERSATIONS:
+        ids = template.render(conversation)
+        assert ids == theirs.apply_chat_template(conversation, add_generation_prompt=True, return_dict=False)
+    pieces = vocabulary.pieces
+    expected = [1, vocabulary.user, *pieces.encode("Hi <|user|> x"), vocabulary.assistant, *pieces.encode("Yes."), 2]
+    assert template.render(say(" Hi <|user|> x ", "Yes."), add_generation_prompt=False) == expected
+    assert template.render(say("Hi"))[-1] == vocabulary.assistant

@@ -43,8 +43,8 @@ def load_chat_template(path: Path, tokenizer: Tokenizer) -> "ChatTemplate | None
     if template is None:
         return None
     if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template if {"name", "template"} <= entry.keys()}
-        template = named.get("default")
+        defaults = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
+        template = next(defaults, {}).get("template")
     if not isinstance(template, str):
         raise UserError(f'{settings}: "chat_template" is neither a template nor a list with one named "default"')
     return ChatTemplate(settings, template, tokenizer)

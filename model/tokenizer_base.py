@@ -91,26 +91,33 @@ class Metadata:
 
 def read_metadata(directory: Path, config: ModelConfig) -> Metadata:
     """Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and generation_config.json, if there."""
-    settings = _optional(directory / "tokenizer_config.json")
-    settings = {**_optional(directory / "special_tokens_map.json"), **settings}
+    file = directory / "tokenizer_config.json"
+    settings = {**_optional(directory / "special_tokens_map.json"), **_optional(file)}
     named = {
         key: content
         for key, value in settings.items()
         if key.endswith("_token") and isinstance(content := _content(value), str)
     }
-    added = {int(i): (_content(t), bool(t.get("special"))) for i, t in settings.get("added_tokens_decoder", {}).items()}
+    added: dict[int, tuple[str, bool]] = {}
     for piece, number in _optional(directory / "added_tokens.json").items():
-        added.setdefault(number, (piece, True))
+        if not isinstance(number, int):
+            raise UserError(f"{directory / 'added_tokens.json'}: {piece!r} has {number!r} where its id should be")
+        added[number] = (piece, True)
+    try:
+        for i, token in settings.get("added_tokens_decoder", {}).items():
+            added[int(i)] = (str(token["content"]), bool(token.get("special")))
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise UserError(f'{file}: "added_tokens_decoder" is not a list of tokens by their ids') from None
     extra = [*_as_list(settings.get("additional_special_tokens")), *_as_list(settings.get("extra_special_tokens"))]
-    eos = _optional(directory / "generation_config.json").get("eos_token_id")
+    eos = _as_list(_optional(directory / "generation_config.json").get("eos_token_id"))
     add_bos = settings.get("add_bos_token")
     return Metadata(
         named=named,
         bos_is_set="bos_token" in settings,
         add_bos=add_bos if isinstance(add_bos, bool) else None,
         legacy=settings.get("legacy") is True,
-        eos_ids=tuple(eos if isinstance(eos, list) else [eos]) if eos is not None else config.eos_token_ids,
-        added={i: (piece, special) for i, (piece, special) in added.items() if isinstance(piece, str)},
+        eos_ids=tuple(i for i in eos if isinstance(i, int)) or config.eos_token_ids,
+        added=added,
         special_pieces=frozenset([*named.values(), *(piece for t in extra if isinstance(piece := _content(t), str))]),
         no_config=not (directory / "config.json").exists() and not (directory / "params.json").exists(),
     )
@@ -126,7 +133,10 @@ def _content(token: Any) -> Any:
 
 
 def _as_list(tokens: Any) -> list[Any]:
-    return list(tokens.values()) if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
+    """What is written as a list, as an object of named ones, as a single one, or not at all."""
+    if isinstance(tokens, dict):
+        return list(tokens.values())
+    return tokens if isinstance(tokens, list) else [tokens]
 
 
 class PieceTokenizer(ABC):
@@ -153,7 +163,7 @@ class PieceTokenizer(ABC):
         """
         self.vocab_size = vocab_size
         # A multimodal model's tokenizer may know tokens that its language model alone does not.
-        self._specials = {piece: token for piece, token in specials.items() if token.id < config.vocab_size}
+        self._specials = {piece: token for piece, token in specials.items() if piece and token.id < config.vocab_size}
         self._special_ids = {token.id for token in specials.values()}
         for token in range(config.vocab_size, vocab_size):
             if token not in self._special_ids and token not in holes:

@@ -19,7 +19,6 @@ from config.errors import UserError
 from model.config import ModelConfig
 from model.tokenizer_base import BYTE_PIECE, SPACE, ByteStandIn, Metadata, PieceTokenizer, Special
 
-MAX_MODEL_BYTES = 64 << 20
 
 
 # Numbers of fields: in ModelProto, in its pieces, its trainer_spec and its normalizer_spec.

@@ -40,7 +40,6 @@ ENDS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")
 # tiktoken's search for words recurses; a text without an end of a word is cut, as Meta does.
 MAX_CHARACTERS = 400_000
 LONG_RUN = re.compile(r"(?:\s{1,25000}|\S{1,25000})")
-MAX_MODEL_BYTES = 64 << 20
 
 
 class TiktokenTokenizer(PieceTokenizer):

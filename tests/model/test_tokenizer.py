@@ -431,6 +431,22 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     assert tokenizer.special_id("<|reserved_special_token_240|>") is None
 
 
+def test_metadata_of_any_form_are_one_line_at_most(tmp_path: Path) -> None:
+    write_metaspace(tmp_path)
+    values = [None, 3, "x", "", [], {}, [1, None, "y"], {"a": 1}, {"content": 3}, {"1": {"content": "<s>"}}, True]
+    keys = ["bos_token", "eos_token", "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"]
+    for value in values:
+        for key in [*keys, "add_bos_token", "legacy"]:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps({key: value}))
+            error_of(tmp_path)
+        for name, key in (("generation_config", "eos_token_id"), ("added_tokens", "<z>"), ("special_tokens_map", "x")):
+            (tmp_path / f"{name}.json").write_text(json.dumps({key: value}))
+            error_of(tmp_path)
+            (tmp_path / f"{name}.json").write_text(json.dumps(value))
+            error_of(tmp_path)
+            (tmp_path / f"{name}.json").unlink()
+
+
 def test_what_is_not_supported_is_said(tmp_path: Path) -> None:
     assert "no tokenizer here" in refused(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(train_sentencepiece(treat_whitespace_as_suffix=True))

@@ -19,8 +19,6 @@ from config.errors import UserError
 from model.config import ModelConfig
 from model.tokenizer_base import BYTE_PIECE, SPACE, ByteStandIn, Metadata, PieceTokenizer, Special
 
-
-
 # Numbers of fields: in ModelProto, in its pieces, its trainer_spec and its normalizer_spec.
 PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
 PIECE, SCORE, TYPE = 1, 2, 3

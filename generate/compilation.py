@@ -1,44 +1,34 @@
 """What is compiled, how, and the cache of it that lasts between runs. Knows the steps and their tensors; not who asks.
 
-A step is exported with every tensor it touches as an input, compiled ahead of time by Inductor into one package, and kept: the
-next run loads the package in milliseconds, with no tracing. On CUDA the decode step is captured into a graph besides.
+A step is compiled ahead of time, with every tensor it touches as an input, into one file that is kept: the next run loads that
+with no tracing. On CUDA the decode step is captured into a graph besides.
 """
 
-import contextlib
 import hashlib
-import logging
 import os
-import shutil
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from config.cache import atomic_write
 from config.errors import UserError
 from generate import step
 from generate.artifacts import environment_key, native_compiler
+from generate.backends import Dynamic, Program, compile_artifact, compile_package, load_artifact, load_package
 from generate.sampling import RowParams, SamplingPlan
 from generate.stats import Ledger
 from generate.step import DecodeState, LanguageModel
 from model.kv_cache import KVCache
 from model.transformer import Transformer
-from model.tracing import tracing
 
 KEPT_PACKAGES = 64
 """How many compiled steps the cache holds; the ones unused for longest go first."""
-
-
-class Program(Protocol):
-    """A loaded package: input tensors in, output tensors out."""
-
-    def run(self, inputs: list[Tensor]) -> list[Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -147,11 +137,11 @@ class CompiledSteps:
                 return step.decode(model, its_cache, its_state, slots, plan)
 
             with self.ledger.phase("compile"):
-                program = self._program(f"decode, batch {key[0]}", traced, [*flat, slots_B], {}, repr(key))
+                program = self._program(f"decode, batch {key[0]}", traced, [*flat, slots_B], {}, 0, repr(key))
                 if slots_B.is_cuda:
                     self._decoders[key] = _captured(program, flat, slots_B, state)
                 else:
-                    self._decoders[key] = lambda slots: program.run([*flat, slots])[0]
+                    self._decoders[key] = lambda slots: program([*flat, slots])
         return self._decoders[key]
 
     def _prefill(self, cache: KVCache, state: DecodeState, plan: SamplingPlan) -> Callable[..., Tensor]:
@@ -167,17 +157,16 @@ class CompiledSteps:
             tokens = torch.zeros(1, max(2, length // 2), dtype=torch.int64, device=cache.keys[0].device)
             one = torch.zeros(1, dtype=torch.int64, device=tokens.device)
             inputs = [*flat, tokens, one, one.clone(), one.clone(), torch.tensor(tokens.shape[1])]
-            dynamic = {len(flat): {1: torch.export.Dim("T", min=2, max=length)}}
             with self.ledger.phase("compile"):
-                program = self._program("prefill", traced, inputs, dynamic, repr((plan, length)))
-            self._prefills[plan] = lambda *rest: program.run([*flat, *rest])[0]
+                program = self._program("prefill", traced, inputs, {len(flat): 1}, length, repr((plan, length)))
+            self._prefills[plan] = lambda *rest: program([*flat, *rest])
         return self._prefills[plan]
 
     def _tensors(self, cache: KVCache) -> Tensors:
         return Tensors(tuple(name for name, _ in self.model.named_parameters()), self.model, cache.max_seq_len)
 
     def _program(
-        self, what: str, function: Callable[..., Tensor], inputs: list[Tensor], dynamic: dict[int, Any], form: str
+        self, what: str, function: Callable[..., Tensor], inputs: list[Tensor], dynamic: Dynamic, largest: int, form: str
     ) -> Program:
         """The compiled `function`, out of the cache if it is there and whole."""
         device = inputs[0].device
@@ -192,7 +181,7 @@ class CompiledSteps:
         self.report(f"{what}: compiling, which takes a while the first time")
         with tempfile.TemporaryDirectory(prefix="torchchat-") as directory:
             path = Path(directory) / "step.pt2"
-            _compile(function, inputs, dynamic, path)
+            _compile(function, inputs, dynamic, largest, path)
             program = _load(path, device)
             seconds = time.perf_counter() - began
             self.report(f"{what}: compiled in {seconds:.1f} s{', not kept' if kept is None else ''}")
@@ -210,63 +199,23 @@ class CompiledSteps:
             self.report(f"compiled code could not be kept in {kept.parent}: {error.strerror}; the next run compiles again")
 
 
-def _compile(function: Callable[..., Tensor], inputs: list[Tensor], dynamic: dict[int, Any], path: Path) -> None:
-    """Export `function` of `inputs` and compile it into the package `path`. dynamic: input -> dimension -> Dim."""
+def _compile(
+    function: Callable[..., Tensor], inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path
+) -> None:
+    from torch._inductor.exc import CppCompileError
 
-    class Step(nn.Module):
-        def forward(self, *tensors: Tensor) -> Tensor:
-            return function(*tensors)
-
-    from torch._inductor import aoti_compile_and_package
-
-    shapes = (tuple(dynamic.get(i) for i in range(len(inputs))),) if dynamic else None
+    compile_for = compile_package if inputs[0].device.type == "cpu" else compile_artifact
     try:
-        with _quiet(), torch.inference_mode(False), torch.no_grad(), tracing(), _kept_whole():
-            program = torch.export.export(Step(), tuple(inputs), dynamic_shapes=shapes, strict=False)
-            aoti_compile_and_package(program, package_path=str(path))
-    except (RuntimeError, OSError) as error:
-        if "Compile" not in type(error).__name__ and not isinstance(error, OSError):
-            raise
+        compile_for(function, inputs, dynamic, largest, path)
+    except CppCompileError as error:
         raise UserError(
-            f"the compiler failed: {str(error).splitlines()[0]}; run without --compile, or mend the C++ compiler"
+            f"--compile: the C++ compiler {native_compiler()} failed: {str(error).splitlines()[0]}; leave out --compile, "
+            "or set CXX to another compiler"
         ) from error
 
 
-@contextlib.contextmanager
-def _kept_whole() -> Iterator[None]:
-    """Inductor would take a matrix-vector product apart into a slower loop of its own."""
-    from torch._inductor.decomposition import decompositions
-
-    mv = torch.ops.aten.mv.default
-    saved = decompositions.pop(mv, None)
-    try:
-        yield
-    finally:
-        if saved is not None:
-            decompositions[mv] = saved
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The compiler's remarks are for its makers; what fails is raised."""
-    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._export", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
 def _load(path: Path, device: torch.device) -> Program:
-    index = -1 if device.type == "cpu" else (device.index or 0)
-    # Single-threaded: no locks and no events of its own, which a CUDA graph could not capture.
-    program: Program = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
-    return program
+    return load_package(path, device) if device.type == "cpu" else load_artifact(path, device)
 
 
 def _load_kept(path: Path, device: torch.device) -> Program | None:
@@ -300,11 +249,11 @@ def _captured(
     stream.wait_stream(torch.cuda.current_stream(slots.device))
     with torch.cuda.stream(stream):
         for _ in range(2):
-            program.run([*flat, slots])
+            program([*flat, slots])
     torch.cuda.current_stream(slots.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        tokens_B = program.run([*flat, slots])[0]
+        tokens_B = program([*flat, slots])
     for tensor, before in zip(held, saved, strict=True):
         tensor.copy_(before)
 

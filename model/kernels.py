@@ -72,12 +72,12 @@ if HAS_TRITON:
                 g = tl.load(norm_ptr + at, mask=None if EVEN_K else at < K, other=None if EVEN_K else 0.0).to(tl.float32)
                 x = x * (g + 1.0) if PLUS_ONE else x * g
             ahead = at + BLOCK_K
-            mask = mask_n[:, None] & (ahead < K)[None, :]
+            mask_next = mask_n[:, None] & (ahead < K)[None, :]
             w_ptrs += BLOCK_K
-            w_next = tl.load(w_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+            w_next = tl.load(w_ptrs, mask=mask_next, other=0.0, eviction_policy="evict_first")
             acc += w.to(tl.float32) * x[None, :]
             if GATE != 0:
-                u_next = tl.load(w_ptrs + gate_stride, mask=mask, other=0.0, eviction_policy="evict_first")
+                u_next = tl.load(w_ptrs + gate_stride, mask=mask_next, other=0.0, eviction_policy="evict_first")
                 up += u.to(tl.float32) * x[None, :]
                 u = u_next
             w = w_next
@@ -172,7 +172,7 @@ GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 def gemv_config(rows: int, K: int, gated: bool) -> dict[str, int]:
     """Block sizes and warps of the matrix-vector kernel, from measurements on an H200 (docs/benchmarks.md)."""
-    return {"BLOCK_N": 4 if gated else 8, "BLOCK_K": min(1024, triton.next_power_of_2(K)), "num_warps": 8}
+    return {"BLOCK_N": 4, "BLOCK_K": min(512, triton.next_power_of_2(K)), "num_warps": 4}
 
 
 @torch.library.custom_op("torchchat::gemv", mutates_args=(), device_types="cuda")

@@ -1,0 +1,120 @@
+"""Two ways to turn a step into code that can be kept: a package of AOTInductor, and an Inductor artifact. Knows functions of
+tensors and files; not steps, keys or caches.
+
+On the CPU a package: it loads in milliseconds without importing the compiler, and runs without Python. On CUDA an artifact:
+it needs no CUDA toolkit on the machine, and what Python adds to a call vanishes in a CUDA graph.
+"""
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.tracing import tracing
+
+Function = Callable[..., Tensor]
+Program = Callable[[list[Tensor]], Tensor]
+Dynamic = dict[int, int]
+"""Input -> its one dimension whose size changes from call to call."""
+
+
+def compile_package(function: Function, inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path) -> None:
+    """Compile `function` of `inputs` into the file `path`, of torch's .pt2 form. largest: bound of dynamic sizes."""
+    from torch._inductor import aoti_compile_and_package
+
+    class Step(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return function(*tensors)
+
+    dims = {i: {d: torch.export.Dim("T", min=2, max=largest)} for i, d in dynamic.items()}
+    shapes = (tuple(dims.get(i) for i in range(len(inputs))),) if dynamic else None
+    with _compiling(), _kept_whole():
+        program = torch.export.export(Step(), tuple(inputs), dynamic_shapes=shapes, strict=False)
+        aoti_compile_and_package(program, package_path=str(path))
+
+
+def load_package(path: Path, device: torch.device) -> Program:
+    """Load what `compile_package` wrote. Raises RuntimeError for a file that is no such package."""
+    index = -1 if device.type == "cpu" else (device.index or 0)
+    loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
+
+    def run(inputs: list[Tensor]) -> Tensor:
+        outputs: list[Tensor] = loader.run(inputs)
+        return outputs[0]
+
+    return run
+
+
+def compile_artifact(function: Function, inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path) -> None:
+    """Compile `function` of `inputs` into the file `path`, an Inductor artifact."""
+    from torch._inductor import standalone_compile
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = []
+    for i, tensor in enumerate(inputs):
+        sizes = [DimDynamic.STATIC] * tensor.dim()
+        if i in dynamic:
+            sizes[dynamic[i]] = DimDynamic.DYNAMIC
+        source = torch._dynamo.source.ConstantSource(f"input_{i}")
+        context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
+        fakes.append(mode.from_tensor(tensor, source=source, symbolic_context=context))
+    with _compiling():
+        with mode:
+            graph = make_fx(function)(*fakes)
+        artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
+        artifact.save(path=str(path), format="binary")
+
+
+def load_artifact(path: Path, device: torch.device) -> Program:
+    """Load what `compile_artifact` wrote. Raises RuntimeError for a file that is no such artifact."""
+    from torch._inductor import CompiledArtifact
+
+    try:
+        artifact = CompiledArtifact.load(path=str(path), format="binary")
+    except (AssertionError, ValueError, KeyError, EOFError) as error:
+        raise RuntimeError(f"{path}: not an artifact of this torch") from error
+
+    def run(inputs: list[Tensor]) -> Tensor:
+        output = artifact(*inputs)
+        result: Tensor = output if isinstance(output, Tensor) else output[0]
+        return result
+
+    return run
+
+
+@contextlib.contextmanager
+def _compiling() -> Iterator[None]:
+    """No gradients, the model told that it is traced, and the compiler's remarks, which are for its makers, left out."""
+    loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._export", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), tracing():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _kept_whole() -> Iterator[None]:
+    """Inductor would take a matrix-vector product apart into a slower loop of its own."""
+    from torch._inductor.decomposition import decompositions
+
+    mv = torch.ops.aten.mv.default
+    saved = decompositions.pop(mv, None)
+    try:
+        yield
+    finally:
+        if saved is not None:
+            decompositions[mv] = saved

@@ -52,6 +52,7 @@ def load_package(path: Path, device: torch.device) -> Program:
 
 def compile_artifact(function: Function, inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path) -> None:
     """Compile `function` of `inputs` into the file `path`, an Inductor artifact."""
+    from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import standalone_compile
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -67,7 +68,7 @@ def compile_artifact(function: Function, inputs: list[Tensor], dynamic: Dynamic,
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         fakes.append(mode.from_tensor(tensor, source=source, symbolic_context=context))
     with _compiling():
-        with mode:
+        with mode, enable_python_dispatcher():
             graph = make_fx(function)(*fakes)
         artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
         artifact.save(path=str(path), format="binary")

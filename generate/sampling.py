@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config.settings import SamplingParams
+from model.tracing import is_tracing
 
 CANDIDATES = (64, 256, 1024)
 """Sizes that a batch's largest top_k is rounded up to, so that few different steps are ever compiled."""
@@ -138,16 +139,32 @@ def rank_threshold(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, candidat
 
 def exponential_noise(seeds_B: Tensor, positions_B: Tensor, vocab_size: int) -> Tensor:
     """Exp(1) noise of (seed, position, token), float32 [B, V]: the same on every device, in every batch."""
-    low_B = hash32((seeds_B & MASK32) ^ 0x243F6A88)
-    high_B = hash32(low_B ^ (seeds_B >> 32))
-    # Two keys of 32 bits: with one, two steps in 2^32 would share their noise, and near keys would permute it.
-    first_B = hash32(high_B ^ positions_B)
-    second_B = hash32(first_B ^ low_B ^ 0x13198A2E)
+    keys_2B = torch.ops.torchchat.noise_keys(seeds_B, positions_B) if is_tracing() else noise_keys(seeds_B, positions_B)
     tokens_V = torch.arange(vocab_size, device=seeds_B.device)
-    bits_BV = hash32(hash32(tokens_V ^ first_B[:, None]) ^ second_B[:, None])
+    bits_BV = hash32(hash32(tokens_V ^ keys_2B[0, :, None]) ^ keys_2B[1, :, None])
     # Within (0, 1), and finest near 0, where the exponential is small and the race is won.
     uniform_BV = ((bits_BV.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log1p(-uniform_BV)
+
+
+def noise_keys(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
+    """Two keys of 32 bits a row, int64 [2, B]: with one, two steps in 2^32 would share their noise, and near keys would
+    permute it.
+    """
+    low_B = hash32((seeds_B & MASK32) ^ 0x243F6A88)
+    high_B = hash32(low_B ^ (seeds_B >> 32))
+    first_B = hash32(high_B ^ positions_B)
+    return torch.stack((first_B, hash32(first_B ^ low_B ^ 0x13198A2E)))
+
+
+# An op of its own for the compiler, which would otherwise write all of these hashes into the expression of every token,
+# each twice as long as the one before.
+_noise_keys_op = torch.library.custom_op("torchchat::noise_keys", noise_keys, mutates_args=())
+
+
+@_noise_keys_op.register_fake
+def _(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
+    return seeds_B.new_empty(2, seeds_B.shape[0])
 
 
 MASK32 = 0xFFFFFFFF

@@ -7,6 +7,7 @@ follows the context that is there. Both are custom ops under the compiler, which
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from model import kernels
 from model.tracing import is_tracing
@@ -62,21 +63,37 @@ def prefill_attention(
 ) -> Tensor:
     """Attention of many new tokens a row; the same result whether a prompt is read whole or in pieces."""
     q_BNTH, T = q_BTNH.transpose(1, 2), q_BTNH.shape[1]
+    one_row = q_BTNH.shape[0] == 1
+    # A window sees no more than its own length before the first new token.
+    first = max(0, context - T - window + 1) if one_row and window is not None else 0
     if context == T:  # every row starts at 0: nothing to read from the cache
         k_BKSH, v_BKSH = k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
     else:
-        k_BKSH = keys[:, :, :context].index_select(0, slots_B)
-        v_BKSH = values[:, :, :context].index_select(0, slots_B)
-    whole = context == T and (window is None or window >= T)
-    if whole and softcap is None:
-        out = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).contiguous()
-    mask_B1TS = _causal_mask(start_B, T, context, window)
-    if softcap is None:
-        out = F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask_B1TS, scale=scale, enable_gqa=True)
+        k_BKSH = keys[:, :, first:context].index_select(0, slots_B)
+        v_BKSH = values[:, :, first:context].index_select(0, slots_B)
+    causal = (one_row or context == T) and (window is None or window >= context)
+    if causal and softcap is None:  # without a mask in memory, which the fastest kernels do not take
+        out = _causal(q_BNTH, k_BKSH, v_BKSH, scale)
     else:
-        out = _softcapped(q_BNTH, k_BKSH, v_BKSH, mask_B1TS, scale, softcap)
+        mask_B1TS = _causal_mask(start_B, T, first, context, window)
+        groups = q_BNTH.shape[1] // k_BKSH.shape[1]
+        k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, dim=1), v_BKSH.repeat_interleave(groups, dim=1)
+        if softcap is None:
+            out = F.scaled_dot_product_attention(q_BNTH, k_BNSH, v_BNSH, attn_mask=mask_B1TS, scale=scale)
+        else:
+            out = _softcapped(q_BNTH, k_BNSH, v_BNSH, mask_B1TS, scale, softcap)
     return out.transpose(1, 2).contiguous()
+
+
+def _causal(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float) -> Tensor:
+    """Causal attention whose last query is at the last key."""
+    T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+    if T == S:
+        return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=True)
+    mask = causal_lower_right(T, S)
+    if not q_BNTH.is_cuda:
+        mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
+    return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, scale=scale, enable_gqa=True)
 
 
 def decode_attention(
@@ -105,10 +122,10 @@ def decode_attention(
     return out.view(B, N, H)
 
 
-def _causal_mask(start_B: Tensor, T: int, context: int, window: int | None) -> Tensor:
-    """True where token t of a row may attend to position s; [B, 1, T, S]."""
+def _causal_mask(start_B: Tensor, T: int, first: int, context: int, window: int | None) -> Tensor:
+    """True where token t of a row may attend to the positions from `first` to `context`; [B, 1, T, S]."""
     positions_BT1 = (start_B[:, None] + torch.arange(T, device=start_B.device))[:, :, None]
-    positions_S = torch.arange(context, device=start_B.device)
+    positions_S = torch.arange(first, context, device=start_B.device)
     mask = positions_S <= positions_BT1
     if window is not None:
         mask &= positions_S > positions_BT1 - window
@@ -116,11 +133,9 @@ def _causal_mask(start_B: Tensor, T: int, context: int, window: int | None) -> T
 
 
 def _softcapped(
-    q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask_B1TS: Tensor | None, scale: float, softcap: float
+    q_BNTH: Tensor, k_BNSH: Tensor, v_BNSH: Tensor, mask_B1TS: Tensor | None, scale: float, softcap: float
 ) -> Tensor:
     """Attention whose scores are bounded by tanh, as Gemma 2's are; the softmax in float32."""
-    groups = q_BNTH.shape[1] // k_BKSH.shape[1]
-    k_BNSH, v_BNSH = k_BKSH.repeat_interleave(groups, dim=1), v_BKSH.repeat_interleave(groups, dim=1)
     scores = torch.tanh(q_BNTH @ k_BNSH.transpose(2, 3) * (scale / softcap)) * softcap
     if mask_B1TS is not None:
         scores = scores.masked_fill(~mask_B1TS, float("-inf"))

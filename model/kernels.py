@@ -226,8 +226,9 @@ def flash_decode(
     q_BNH = q_BNH.contiguous()
     B, N, H = q_BNH.shape
     _, K, S, _ = keys.shape
-    wanted = triton.cdiv(2 * _multiprocessors(q_BNH.device.index or 0), B * K)
-    splits = min(64, triton.next_power_of_2(wanted))
+    # One program a multiprocessor: more parts would cost more to join than they win.
+    share = max(1, _multiprocessors(q_BNH.device.index or 0) // (B * K))
+    splits = min(64, 1 << (share.bit_length() - 1))
     block_h = max(16, triton.next_power_of_2(H))
     parts = torch.empty(B * N, splits, H, dtype=torch.float32, device=q_BNH.device)
     stats = torch.empty(B * N, splits, 2, dtype=torch.float32, device=q_BNH.device)

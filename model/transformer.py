@@ -13,6 +13,7 @@ from model.kv_cache import KVCache, distinct_ropes
 from model.layers import Linear, RMSNorm
 from model.rope import attention_factor, cos_sin, rotate
 
+
 def norm_of(config: ModelConfig, dim: int) -> RMSNorm:
     return RMSNorm(dim, config.rms_norm_eps, config.norm_plus_one)
 

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from cli.console import Progress
+from cli.console import Progress, status
+from config.cache import cache_dir
 from config.errors import UserError
 from config.registry import resolve
 from config.settings import BuildSettings, SamplingParams
+from generate.compilation import CompiledSteps
 from generate.engine import Engine
 from generate.scheduler import slots_needed
 from generate.stats import Ledger, weight_bytes_per_token
@@ -104,15 +106,37 @@ def context_length(prepared: Prepared, wanted: int = 0) -> int:
 
 def build(prepared: Prepared, max_seq_len: int | None = None) -> Built:
     """Weights, cache and engine. `max_seq_len`: positions of the cache, by default `context_length(prepared)`."""
+    length = context_length(prepared) if max_seq_len is None else max_seq_len
+    model = load_model(prepared, length)
+    return Built(make_engine(prepared, model, length, cache_dir()), model, prepared)
+
+
+def load_model(prepared: Prepared, max_seq_len: int) -> Transformer:
+    """The weights alone, for engines with a context of `max_seq_len`. Raises UserError."""
+    with out_of_memory(prepared, max_seq_len), prepared.ledger.phase("load"):
+        model = _load(prepared)
+    prepared.ledger.weight_bytes_per_token = weight_bytes_per_token(model)
+    return model
+
+
+def make_engine(prepared: Prepared, model: Transformer, max_seq_len: int, keep_in: Path | None) -> Engine:
+    """An engine for a model that is loaded, with a cache of its own. What it compiles is kept in `keep_in`."""
     settings, config, ledger = prepared.settings, prepared.config, prepared.ledger
     device, dtype = prepared.device.device, prepared.dtype.dtype
-    length = context_length(prepared) if max_seq_len is None else max_seq_len
-    with _out_of_memory(prepared, length), ledger.phase("load"):
-        model = _load(prepared)
-        cache = KVCache.create(config, slots_needed(settings.max_num_seqs), length, device, dtype)
-    ledger.weight_bytes_per_token = weight_bytes_per_token(model)
+    with out_of_memory(prepared, max_seq_len), ledger.phase("load"):
+        cache = KVCache.create(config, slots_needed(settings.max_num_seqs), max_seq_len, device, dtype)
+    steps = CompiledSteps(
+        model,
+        compile_decode=settings.compile,
+        compile_prefill=settings.compile_prefill,
+        prefill_chunk=PREFILL_CHUNK[device.type],
+        cache_dir=keep_in,
+        ledger=ledger,
+        report=status,
+    )
+    compiled = settings.compile or settings.compile_prefill
     tokenizer_eos = prepared.tokenizer.eos_ids if prepared.tokenizer is not None else frozenset()
-    engine = Engine(
+    return Engine(
         model,
         cache,
         prepared.tokenizer,
@@ -120,9 +144,11 @@ def build(prepared: Prepared, max_seq_len: int | None = None) -> Built:
         eos_ids=tokenizer_eos | frozenset(config.eos_token_ids),
         max_num_seqs=settings.max_num_seqs,
         prefill_chunk=PREFILL_CHUNK[device.type],
+        prefill_fn=steps.prefill,
+        decode_fn=steps.decode,
+        prepare_fn=steps.prepare if compiled else None,
         ledger=ledger,
     )
-    return Built(engine, model, prepared)
 
 
 def fill_random(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -167,11 +193,14 @@ def _load(prepared: Prepared) -> Transformer:
 
 
 @contextmanager
-def _out_of_memory(prepared: Prepared, length: int) -> Iterator[None]:
+def out_of_memory(prepared: Prepared, length: int) -> Iterator[None]:
     """Says what did not fit, in place of the allocator's own words."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # OutOfMemoryError is a GPU's; the allocator of the CPU raises its parent.
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         name = prepared.device.device.type
         raise UserError(
             f"{prepared.name} in {prepared.dtype.name} with a context of {length} does not fit in the memory of the "

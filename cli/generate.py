@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     status(describe_build(settings, prepared.device, prepared.dtype))
     status(_describe_sampling(params, args.num_samples))
     built = build(prepared, context)
+    built.engine.prepare(params, len(prompt_ids))
 
     sequences = built.engine.add_samples(prompt_ids, params, args.num_samples)
     texts = {sequence.seq_id: "" for sequence in sequences}

@@ -85,16 +85,24 @@ class CompiledSteps:
         self.compile_decode, self.compile_prefill = compile_decode, compile_prefill
         self.prefill_chunk = prefill_chunk
         self.cache_dir = None if cache_dir is None else cache_dir / "compiled"
+        if cache_dir is not None:
+            # What the compilers themselves keep: their checks of this machine, precompiled headers, CUDA kernels.
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "inductor"))
+            os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
         self.ledger, self.report = ledger, report
         self._decoders: dict[tuple[int, SamplingPlan], Callable[[Tensor], Tensor]] = {}
         self._prefills: dict[SamplingPlan, Callable[..., Tensor]] = {}
 
-    def prepare(self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan) -> None:
-        """Compile, or load, what running rows `slots_B` with this plan will need."""
-        if self.compile_decode:
-            self._decoder(cache, state, slots_B, plan)
+    def prepare(
+        self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan, prompt_tokens: int
+    ) -> None:
+        """Compile, or load, what a prompt of that length and decoding rows `slots_B` will need."""
         if self.compile_prefill:
             self._prefill(cache, state, plan)
+            if prompt_tokens > self.prefill_chunk:  # the chunks before the last one are read with the greedy plan
+                self._prefill(cache, state, SamplingPlan())
+        if self.compile_decode:
+            self._decoder(cache, state, slots_B, plan)
 
     def decode(
         self, model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan

@@ -15,7 +15,7 @@ from torch import Tensor
 from config.errors import UserError
 from config.settings import MAX_SEED, SamplingParams
 from generate.sampling import SamplingPlan
-from generate.scheduler import Decode, Prefill, Scheduler, slots_needed
+from generate.scheduler import Decode, Prefill, Scheduler, batch_bucket, slots_needed
 from generate.sequence import FinishReason, RequestOutput, Sequence
 from generate.stats import Ledger
 from generate.step import DecodeState, LanguageModel, decode, prefill
@@ -26,6 +26,7 @@ PrefillFn = Callable[
     Tensor,
 ]
 DecodeFn = Callable[[LanguageModel, KVCache, DecodeState, Tensor, SamplingPlan], Tensor]
+PrepareFn = Callable[[KVCache, DecodeState, Tensor, SamplingPlan, int], None]
 
 
 class TokenBytes(Protocol):
@@ -70,9 +71,14 @@ class Engine:
         prefill_chunk: int = 512,
         prefill_fn: PrefillFn = prefill,
         decode_fn: DecodeFn = decode,
+        prepare_fn: PrepareFn | None = None,
         ledger: Ledger | None = None,
     ) -> None:
-        """cache: of `slots_needed(max_num_seqs)` slots. Without a tokenizer there is no text, only tokens."""
+        """cache: of `slots_needed(max_num_seqs)` slots. Without a tokenizer there is no text, only tokens.
+
+        prepare_fn: makes a step ready before it runs. Each batch size is then a step of its own to make ready, so that
+        all decoding runs in the largest.
+        """
         assert cache.num_slots == slots_needed(max_num_seqs)
         self.model = model
         self.cache = cache
@@ -83,7 +89,9 @@ class Engine:
         self.decode_fn = decode_fn
         self.ledger = Ledger() if ledger is None else ledger
         self.device = cache.keys[0].device
-        self.scheduler = Scheduler(max_num_seqs, prefill_chunk)
+        self.prepare_fn = prepare_fn
+        self._batch_size = batch_bucket(max_num_seqs)
+        self.scheduler = Scheduler(max_num_seqs, prefill_chunk, 1 if prepare_fn is None else self._batch_size)
         scratch = max_num_seqs if cache.num_slots > max_num_seqs else None
         self.state = DecodeState.create(cache.num_slots, vocab_size, self.device, scratch)
         self._lookahead = 1 if self.device.type == "cuda" else 0
@@ -95,6 +103,14 @@ class Engine:
     @property
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished
+
+    @torch.inference_mode()
+    def prepare(self, params: SamplingParams, prompt_tokens: int) -> None:
+        """Make ready what requests like this one will run, so that nothing is compiled while they do."""
+        if self.prepare_fn is None:
+            return
+        slots_B = torch.arange(self._batch_size, device=self.device).clamp(max=self.cache.num_slots - 1)
+        self.prepare_fn(self.cache, self.state, slots_B, SamplingPlan.of([params], self.vocab_size), prompt_tokens)
 
     def add(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> Sequence:
         """Queue a prompt. Raises UserError for one that the context cannot hold or the model does not know."""

@@ -40,10 +40,10 @@ def batch_bucket(rows: int) -> int:
 
 
 def slots_needed(max_num_seqs: int) -> int:
-    """Slots of the cache for that many sequences. Beyond two, batches may be padded, and a padding row needs a slot of
+    """Slots of the cache for that many sequences. Beyond one, batches may be padded, and a padding row needs a slot of
     its own to write to: a scratch slot after the others, whose content nobody reads.
     """
-    return max_num_seqs if max_num_seqs <= 2 else max_num_seqs + 1
+    return max_num_seqs if max_num_seqs == 1 else max_num_seqs + 1
 
 
 class Scheduler:
@@ -51,9 +51,12 @@ class Scheduler:
     it.
     """
 
-    def __init__(self, max_num_seqs: int, prefill_chunk: int) -> None:
+    def __init__(self, max_num_seqs: int, prefill_chunk: int, min_batch: int = 1) -> None:
+        """min_batch: decode in no batch smaller than this."""
         assert max_num_seqs > 0
         assert prefill_chunk > 0
+        assert 1 <= min_batch <= batch_bucket(max_num_seqs)
+        self.min_batch = min_batch
         self.prefill_chunk = prefill_chunk
         self.scratch_slot = max_num_seqs
         self.waiting: deque[Sequence] = deque()
@@ -114,5 +117,5 @@ class Scheduler:
             assert sequence.slot is not None
             sequence.num_issued += 1
             slots.append(sequence.slot)
-        padding = [self.scratch_slot] * (batch_bucket(len(rows)) - len(rows))
+        padding = [self.scratch_slot] * (max(self.min_batch, batch_bucket(len(rows))) - len(rows))
         return Decode(tuple(rows), tuple(slots + padding))

@@ -25,9 +25,10 @@ from model.chat_template import ChatTemplate, load_chat_template
 from model.config import ModelConfig, from_hf, load_config
 from model.device import DeviceChoice, DtypeChoice, resolve_device, resolve_dtype
 from model.kv_cache import KVCache
+from model.layers import RMSNorm
 from model.loader import load_weights
 from model.tokenizer import Tokenizer, load_tokenizer
-from model.transformer import RMSNorm, Transformer
+from model.transformer import Transformer
 
 DEFAULT_CONTEXT = 4096
 """Positions of the cache when nobody says how many: enough for most, and no surprise in memory."""

@@ -1,8 +1,8 @@
-"""Two ways to turn a step into code that can be kept: a package of AOTInductor, and an Inductor artifact. Knows functions of
-tensors and files; not steps, keys or caches.
+"""Two ways to turn a step into code that can be kept: a package of AOTInductor, and an Inductor artifact. Knows
+functions of tensors and files; not steps, keys or caches.
 
-On the CPU a package: it loads in milliseconds without importing the compiler, and runs without Python. On CUDA an artifact:
-it needs no CUDA toolkit on the machine, and what Python adds to a call vanishes in a CUDA graph.
+On the CPU a package: it loads in milliseconds without importing the compiler, and runs without Python. On CUDA an
+artifact: it needs no CUDA toolkit on the machine, and what Python adds to a call vanishes in a CUDA graph.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ def compile_artifact(function: Function, inputs: list[Tensor], dynamic: Dynamic,
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = []
+    fakes: list[Any] = []
     for i, tensor in enumerate(inputs):
         sizes = [DimDynamic.STATIC] * tensor.dim()
         if i in dynamic:
@@ -76,7 +76,7 @@ def compile_artifact(function: Function, inputs: list[Tensor], dynamic: Dynamic,
 
 def load_artifact(path: Path, device: torch.device) -> Program:
     """Load what `compile_artifact` wrote. Raises RuntimeError for a file that is no such artifact."""
-    from torch._inductor import CompiledArtifact
+    from torch._inductor.standalone_compile import CompiledArtifact
 
     try:
         artifact = CompiledArtifact.load(path=str(path), format="binary")
@@ -93,7 +93,7 @@ def load_artifact(path: Path, device: torch.device) -> Program:
 
 @contextlib.contextmanager
 def _compiling() -> Iterator[None]:
-    """No gradients, the model told that it is traced, and the compiler's remarks, which are for its makers, left out."""
+    """No gradients, the model told that it is traced, and the compiler's remarks to its makers left out."""
     loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._export", "torch.export")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), tracing():

@@ -1,7 +1,7 @@
 """What is compiled, how, and the cache of it that lasts between runs. Knows the steps and their tensors; not who asks.
 
-A step is compiled ahead of time, with every tensor it touches as an input, into one file that is kept: the next run loads that
-with no tracing. On CUDA the decode step is captured into a graph besides.
+A step is compiled ahead of time, with every tensor it touches as an input, into one file that is kept: the next run
+loads that with no tracing. On CUDA the decode step is captured into a graph besides.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ class Tensors:
             result: Tensor = torch.func.functional_call(self.model, parameters, args)
             return result
 
-        return model, cache, state, tuple(rest)
+        return cast(LanguageModel, model), cache, state, tuple(rest)
 
 
 class CompiledSteps:
@@ -174,7 +174,13 @@ class CompiledSteps:
         return Tensors(tuple(name for name, _ in self.model.named_parameters()), self.model, cache.max_seq_len)
 
     def _program(
-        self, what: str, function: Callable[..., Tensor], inputs: list[Tensor], dynamic: Dynamic, largest: int, form: str
+        self,
+        what: str,
+        function: Callable[..., Tensor],
+        inputs: list[Tensor],
+        dynamic: Dynamic,
+        largest: int,
+        form: str,
     ) -> Program:
         """The compiled `function`, out of the cache if it is there and whole."""
         device = inputs[0].device
@@ -204,12 +210,10 @@ class CompiledSteps:
             atomic_write(kept.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode())
             _prune(kept.parent)
         except OSError as error:
-            self.report(f"compiled code could not be kept in {kept.parent}: {error.strerror}; the next run compiles again")
+            self.report(f"compiled code was not kept in {kept.parent} ({error.strerror}): the next run compiles again")
 
 
-def _compile(
-    function: Callable[..., Tensor], inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path
-) -> None:
+def _compile(function: Callable[..., Tensor], inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path) -> None:
     from torch._inductor.exc import CppCompileError
 
     compile_for = compile_package if inputs[0].device.type == "cpu" else compile_artifact
@@ -217,8 +221,8 @@ def _compile(
         compile_for(function, inputs, dynamic, largest, path)
     except CppCompileError as error:
         raise UserError(
-            f"--compile: the C++ compiler {native_compiler()} failed: {str(error).splitlines()[0]}; leave out --compile, "
-            "or set CXX to another compiler"
+            f"--compile: the C++ compiler {native_compiler()} failed ({str(error).splitlines()[0]}): leave out "
+            "--compile, or set CXX to another compiler"
         ) from error
 
 
@@ -246,14 +250,12 @@ def _prune(directory: Path) -> None:
         path.with_suffix(".sha256").unlink(missing_ok=True)
 
 
-def _captured(
-    program: Program, flat: list[Tensor], slots_B: Tensor, state: DecodeState
-) -> Callable[[Tensor], Tensor]:
+def _captured(program: Program, flat: list[Tensor], slots_B: Tensor, state: DecodeState) -> Callable[[Tensor], Tensor]:
     """The step as one CUDA graph: a replay costs the host one launch. Its warm-up leaves no trace in the state."""
     slots = slots_B.clone()
     held = [state.tokens, state.positions, state.seen]
     saved = [tensor.clone() for tensor in held]
-    stream = torch.cuda.Stream(slots.device)
+    stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(slots.device))
     with torch.cuda.stream(stream):
         for _ in range(2):

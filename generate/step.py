@@ -73,8 +73,8 @@ def prefill(
     """Reads one chunk of one prompt into the cache and samples the token after it, int64 [1].
 
     start_1: position of the chunk's first token. last_1: index in T of its last real token; what is right of it is
-    padding. context: start + T (a tensor on the CPU while the step is traced). After any chunk but the last the token means nothing: give such a chunk the greedy
-    plan, which leaves no trace of it that the next chunk does not overwrite.
+    padding. context: start + T (a tensor on the CPU while the step is traced). After any chunk but the last the token
+    means nothing: give such a chunk the greedy plan, which leaves no trace of it that the next does not overwrite.
     """
     logits_1V = model(tokens_1T, start_1, cache, slots_1, context, last_1)
     return _sample_into(state, logits_1V, slots_1, start_1 + last_1 + 1, plan)

@@ -1,8 +1,10 @@
 """Attention over the KV cache: writes the new keys and values, then reads only the filled part of the cache.
 
-Many tokens a row (prefill) go through `scaled_dot_product_attention`; one token a row (decode) through a kernel whose cost
-follows the context that is there. Both are custom ops under the compiler, which then need not know how long the context is.
+Many tokens a row (prefill) go through `scaled_dot_product_attention`; one token a row (decode) through a kernel whose
+cost follows the context that is there. Both are custom ops under the compiler, which then need not know its length.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +13,8 @@ from torch.nn.attention.bias import causal_lower_right
 
 from model import kernels
 from model.tracing import is_tracing
+
+Attend = Callable[..., Tensor]
 
 
 def attend(
@@ -36,16 +40,12 @@ def attend(
     values[slots_B[:, None], :, positions_BT] = v_BTKH
     q_BNH = q_BTNH[:, 0]
     if isinstance(context, Tensor) or q_BTNH.shape[1] > 1:
-        prefill = torch.ops.torchchat.prefill_attention if is_tracing() else prefill_attention
-        out: Tensor = prefill(
-            q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, scale, window, softcap
-        )
-        return out
+        prefill: Attend = torch.ops.torchchat.prefill_attention if is_tracing() else prefill_attention
+        return prefill(q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, scale, window, softcap)
+    decode: Attend = torch.ops.torchchat.decode_attention if is_tracing() else decode_attention
     if kernels.usable(q_BNH):
-        return kernels.flash_decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
-    decode = torch.ops.torchchat.decode_attention if is_tracing() else decode_attention
-    out = decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap)
-    return out.unsqueeze(1)
+        decode = kernels.flash_decode
+    return decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
 
 
 def prefill_attention(
@@ -90,8 +90,9 @@ def _causal(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float) -> Ten
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     if T == S:
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=True)
-    mask = causal_lower_right(T, S)
-    if not q_BNTH.is_cuda:
+    if q_BNTH.is_cuda:
+        mask: Tensor = causal_lower_right(T, S)
+    else:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
     return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, attn_mask=mask, scale=scale, enable_gqa=True)
 
@@ -156,7 +157,7 @@ def _prefill_op(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """`prefill_attention` with the context as a tensor on the CPU, which changes from call to call in a compiled step."""
+    """`prefill_attention`, its context a tensor on the CPU: in a compiled step it changes from call to call."""
     return prefill_attention(
         q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, int(context), scale, window, softcap
     )

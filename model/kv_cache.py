@@ -16,9 +16,9 @@ from model.rope import rope_frequencies
 class KVCache:
     """`keys[i]`, `values[i]`: [num_slots, num_key_value_heads, max_seq_len, head_dim] of layer i.
 
-    `frequencies`: for each distinct rotary embedding of the model its inverse frequencies, float32 [rotary_dim / 2]. They
-    live here because LongRoPE chooses them by `max_seq_len`: fixed for the life of a cache, so that a prompt read in
-    pieces gives what it gives read whole.
+    `frequencies`: for each distinct rotary embedding of the model its inverse frequencies, float32 [rotary_dim / 2].
+    They live here because LongRoPE chooses them by `max_seq_len`: fixed for the life of a cache, so that a prompt read
+    in pieces gives what it gives read whole.
     """
 
     keys: list[Tensor]

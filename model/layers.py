@@ -4,6 +4,8 @@ Knows weights and rows, not what they are for. One row is the whole work of deco
 reading the weights: there the library's matrix products, built for many rows, are replaced.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from model import kernels
 from model.tracing import is_tracing
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -20,7 +22,7 @@ ACTIVATIONS = {
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, in float32 inside (Zhang and Sennrich, arXiv:1910.07467); Gemma's multiplies by 1 + weight."""
+    """x / rms(x) * weight, in float32 inside (Zhang, Sennrich, arXiv:1910.07467); Gemma's multiplies by 1 + weight."""
 
     def __init__(self, dim: int, eps: float, plus_one: bool) -> None:
         super().__init__()
@@ -54,7 +56,7 @@ class Linear(nn.Linear):
         plain = not is_traceable_wrapper_subclass(self.weight)
         one_row = plain and x.numel() == self.in_features
         if one_row and is_tracing() and kernels.usable(x):
-            y = kernels.gemv(
+            y: Tensor = kernels.gemv(
                 x.reshape(-1), self.weight, None if norm is None else norm.weight, self.bias,
                 None if residual is None else residual.reshape(-1), gate,
                 0.0 if norm is None else norm.eps, norm is not None and norm.plus_one, multiplier,

@@ -80,7 +80,7 @@ def _yarn(rope: RopeConfig, plain: Tensor, dim: int, max_position_embeddings: in
 
 
 def cos_sin(frequencies: Tensor, positions_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine at each position, float32 [B, T, 1, rotary_dim / 2]: computed anew, cheaper to make than to store."""
+    """Cosine and sine at each position, float32 [B, T, 1, rotary_dim / 2]: cheaper to make than to keep."""
     angles = positions_BT[:, :, None, None].float() * frequencies
     return angles.cos() * scale, angles.sin() * scale
 

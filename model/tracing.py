@@ -1,4 +1,4 @@
-"""Whether a step is being traced to be compiled, which is when custom ops stand for what the compiler must not look into."""
+"""Whether a step is being traced to be compiled: then custom ops stand for what the compiler must not look into."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,7 @@
-"""The Transformer, the one architecture that every family is a configuration of. It knows nothing of files, text or requests.
+"""The Transformer, the one architecture that every family is a configuration of. Knows nothing of files or requests.
 
-Shapes in names: B batch, T tokens of each row, D hidden size, F feed-forward size, N heads, K key/value heads, H head size,
-V vocabulary.
+Shapes in names: B batch, T tokens of each row, D hidden size, E heads side by side (N * H), F feed-forward size,
+N heads, K key/value heads, H head size, V vocabulary.
 """
 
 import torch
@@ -60,7 +60,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The weights of the gated feed-forward, down(act(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202); gate and up are one."""
+    """The weights of down(act(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202); gate and up are one matrix."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -92,7 +92,9 @@ class Block(nn.Module):
         slots_B: Tensor,
         context: int | Tensor,
     ) -> Tensor:
-        heads_BTE = self.attention(x_BTD, self.attention_norm, rotation, keys, values, start_B, slots_B, context)
+        heads_BTE: Tensor = self.attention(
+            x_BTD, self.attention_norm, rotation, keys, values, start_B, slots_B, context
+        )
         x_BTD = self._add(x_BTD, self.attention.o_proj, heads_BTE, self.attention_post_norm)
         gated_BTF = self.feed_forward.gate_up_proj(x_BTD, norm=self.ffn_norm, gate=self.hidden_act)
         return self._add(x_BTD, self.feed_forward.down_proj, gated_BTF, self.ffn_post_norm)
@@ -100,8 +102,10 @@ class Block(nn.Module):
     def _add(self, x_BTD: Tensor, linear: Linear, inner: Tensor, post_norm: RMSNorm | None) -> Tensor:
         """x + linear(inner), the update scaled by Granite or normalized by Gemma on its way."""
         if post_norm is None:
-            return linear(inner, residual=x_BTD, multiplier=self.residual_multiplier)
-        return x_BTD + post_norm(linear(inner)) * self.residual_multiplier
+            out: Tensor = linear(inner, residual=x_BTD, multiplier=self.residual_multiplier)
+            return out
+        update_BTD: Tensor = post_norm(linear(inner))
+        return x_BTD + update_BTD * self.residual_multiplier
 
 
 class Transformer(nn.Module):
@@ -132,11 +136,12 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Reads tokens, writes their keys and values into the cache, and gives the logits of what may follow.
 
-        tokens_BT: int64 token ids. start_B: int64, the position of each row's first token. slots_B: int64, the row of the cache
-        that each row of the batch lives in, each a different one. context: max(start_B) + T, known to the host so that
-        nothing waits for the device (a tensor on the CPU while the step is traced). logits_at_B: the index in T of the one position of each row whose logits are wanted.
-        Returns float32 [B, V] with `logits_at_B`, else [B, T, V]. Rows may be padded on the right: what padding writes is
-        past the row's end and is overwritten before it is ever attended to.
+        tokens_BT: int64 token ids. start_B: int64, the position of each row's first token. slots_B: int64, the row of
+        the cache that each row of the batch lives in, each a different one. context: max(start_B) + T, known to the
+        host so that nothing waits for the device (a tensor on the CPU while the step is traced). logits_at_B: the index
+        in T of the one position of each row whose logits are wanted. Returns float32 [B, V] with `logits_at_B`, else
+        [B, T, V]. Rows may be padded on the right: what padding writes is past the row's end and is overwritten before
+        it is ever attended to.
         """
         T = tokens_BT.shape[1]
         positions_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
@@ -154,7 +159,7 @@ class Transformer(nn.Module):
             x_BTD = layer(x_BTD, rotation, cache.keys[i], cache.values[i], start_B, slots_B, context)
         if logits_at_B is not None:
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B].unsqueeze(1)
-        logits = self.lm_head(x_BTD, norm=self.norm).float()
+        logits: Tensor = self.lm_head(x_BTD, norm=self.norm).float()
         if self.config.logits_divisor != 1.0:
             logits = logits / self.config.logits_divisor
         if self.config.logits_softcap is not None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from config.settings import SamplingParams
+from model.ops import register_op
 from model.tracing import is_tracing
 
 CANDIDATES = (64, 256, 1024)
@@ -139,7 +140,7 @@ def rank_threshold(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor, candidat
 
 def exponential_noise(seeds_B: Tensor, positions_B: Tensor, vocab_size: int) -> Tensor:
     """Exp(1) noise of (seed, position, token), float32 [B, V]: the same on every device, in every batch."""
-    keys_2B = torch.ops.torchchat.noise_keys(seeds_B, positions_B) if is_tracing() else noise_keys(seeds_B, positions_B)
+    keys_2B = (_noise_keys_op if is_tracing() else noise_keys)(seeds_B, positions_B)
     tokens_V = torch.arange(vocab_size, device=seeds_B.device)
     bits_BV = hash32(hash32(tokens_V ^ keys_2B[0, :, None]) ^ keys_2B[1, :, None])
     # Within (0, 1), and finest near 0, where the exponential is small and the race is won.
@@ -159,12 +160,7 @@ def noise_keys(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
 
 # An op of its own for the compiler, which would otherwise write all of these hashes into the expression of every token,
 # each twice as long as the one before.
-_noise_keys_op = torch.library.custom_op("torchchat::noise_keys", noise_keys, mutates_args=())
-
-
-@_noise_keys_op.register_fake
-def _(seeds_B: Tensor, positions_B: Tensor) -> Tensor:
-    return seeds_B.new_empty(2, seeds_B.shape[0])
+_noise_keys_op = register_op("noise_keys", noise_keys, lambda seeds_B, _: seeds_B.new_empty(2, seeds_B.shape[0]))
 
 
 MASK32 = 0xFFFFFFFF

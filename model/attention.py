@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from model import kernels
+from model.ops import register_op
 from model.tracing import is_tracing
 
 Attend = Callable[..., Tensor]
@@ -40,11 +40,11 @@ def attend(
     values[slots_B[:, None], :, positions_BT] = v_BTKH
     q_BNH = q_BTNH[:, 0]
     if isinstance(context, Tensor) or q_BTNH.shape[1] > 1:
-        prefill: Attend = torch.ops.torchchat.prefill_attention if is_tracing() else prefill_attention
+        prefill: Attend = _prefill_op if is_tracing() else prefill_attention
         return prefill(q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, scale, window, softcap)
-    decode: Attend = torch.ops.torchchat.decode_attention if is_tracing() else decode_attention
+    decode: Attend = _decode_op if is_tracing() else decode_attention
     if kernels.usable(q_BNH):
-        decode = kernels.flash_decode
+        decode = kernels.flash_decode_op if is_tracing() else kernels.flash_decode
     return decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
 
 
@@ -91,6 +91,9 @@ def _causal(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, scale: float) -> Ten
     if T == S:
         return F.scaled_dot_product_attention(q_BNTH, k_BKSH, v_BKSH, is_causal=True, scale=scale, enable_gqa=True)
     if q_BNTH.is_cuda:
+        # Imported where it is used: it brings the whole of torch.compile along, most of a second.
+        from torch.nn.attention.bias import causal_lower_right
+
         mask: Tensor = causal_lower_right(T, S)
     else:
         mask = torch.ones(T, S, dtype=torch.bool, device=q_BNTH.device).tril(S - T)
@@ -143,8 +146,7 @@ def _softcapped(
     return scores.softmax(-1, dtype=torch.float32).to(v_BNSH.dtype) @ v_BNSH
 
 
-@torch.library.custom_op("torchchat::prefill_attention", mutates_args=())
-def _prefill_op(
+def _prefill(
     q_BTNH: Tensor,
     k_BTKH: Tensor,
     v_BTKH: Tensor,
@@ -163,14 +165,9 @@ def _prefill_op(
     )
 
 
-_decode_op = torch.library.custom_op("torchchat::decode_attention", decode_attention, mutates_args=())
+def _like_query(q: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-@_prefill_op.register_fake
-def _(q_BTNH: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q_BTNH, memory_format=torch.contiguous_format)
-
-
-@_decode_op.register_fake
-def _(q_BNH: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q_BNH, memory_format=torch.contiguous_format)
+_prefill_op = register_op("prefill_attention", _prefill, _like_query)
+_decode_op = register_op("decode_attention", decode_attention, _like_query)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model.ops import register_op
+
 try:
     from model import triton_kernels
 except ImportError:  # CPU and MPS builds of torch come without Triton
@@ -52,7 +54,6 @@ def gemv_config(rows: int, K: int, gated: bool) -> dict[str, int]:
     return {"BLOCK_N": 4, "BLOCK_K": min(512, _next_power_of_2(K)), "num_warps": 4}
 
 
-@torch.library.custom_op("torchchat::gemv", mutates_args=(), device_types="cuda")
 def gemv(
     x: Tensor,
     weight: Tensor,
@@ -82,12 +83,6 @@ def gemv(
     return out
 
 
-@gemv.register_fake
-def _(x: Tensor, weight: Tensor, norm: object, bias: object, residual: object, gate: str | None, *_: object) -> Tensor:
-    return x.new_empty(weight.shape[0] if gate is None else weight.shape[0] // 2)
-
-
-@torch.library.custom_op("torchchat::flash_decode", mutates_args=(), device_types="cuda")
 def flash_decode(
     q_BNH: Tensor,
     keys: Tensor,
@@ -124,6 +119,15 @@ def flash_decode(
     return out
 
 
-@flash_decode.register_fake
-def _(q_BNH: Tensor, *_: object) -> Tensor:
+def _gemv_shape(
+    x: Tensor, weight: Tensor, norm: object, bias: object, residual: object, gate: str | None, *_: object
+) -> Tensor:
+    return x.new_empty(weight.shape[0] if gate is None else weight.shape[0] // 2)
+
+
+def _flash_decode_shape(q_BNH: Tensor, *_: object) -> Tensor:
     return torch.empty_like(q_BNH, memory_format=torch.contiguous_format)
+
+
+gemv_op = register_op("gemv", gemv, _gemv_shape, "CUDA")
+flash_decode_op = register_op("flash_decode", flash_decode, _flash_decode_shape, "CUDA")

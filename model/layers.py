@@ -36,8 +36,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class Embedding(nn.Embedding):
+    """`nn.Embedding` that is filled from a file."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in `Linear`."""
+
+
 class Linear(nn.Linear):
     """`nn.Linear` that takes along the norm before it and the activation or the residual after it."""
+
+    def reset_parameters(self) -> None:
+        """Nothing: the weights come from a file, and to draw them on the meta device imports the whole compiler."""
 
     def forward(
         self,
@@ -56,7 +66,7 @@ class Linear(nn.Linear):
         plain = not is_traceable_wrapper_subclass(self.weight)
         one_row = plain and x.numel() == self.in_features
         if one_row and is_tracing() and kernels.usable(x):
-            y: Tensor = kernels.gemv(
+            y: Tensor = kernels.gemv_op(
                 x.reshape(-1), self.weight, None if norm is None else norm.weight, self.bias,
                 None if residual is None else residual.reshape(-1), gate,
                 0.0 if norm is None else norm.eps, norm is not None and norm.plus_one, multiplier,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from model.attention import attend
 from model.config import LayerConfig, ModelConfig
 from model.kv_cache import KVCache, distinct_ropes
-from model.layers import Linear, RMSNorm
+from model.layers import Embedding, Linear, RMSNorm
 from model.rope import attention_factor, cos_sin, rotate
 
 
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = norm_of(config, config.hidden_size)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cli.console import Progress, status
-from config.cache import cache_dir
+from cli.console import Progress, cache_dir_or_say, status
 from config.errors import UserError
 from config.registry import resolve
 from config.settings import BuildSettings, SamplingParams
+from generate.artifacts import check_can_compile
 from generate.compilation import CompiledSteps
 from generate.engine import Engine
 from generate.scheduler import slots_needed
@@ -86,6 +86,8 @@ def prepare(settings: BuildSettings) -> Prepared:
             )
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings.dtype, device.device)
+        if settings.compile or settings.compile_prefill:
+            check_can_compile(cache_dir_or_say())
         tokenizer = template = None
         sampling = SamplingParams()
         if model.path is not None and not settings.random_weights:
@@ -109,7 +111,7 @@ def build(prepared: Prepared, max_seq_len: int | None = None) -> Built:
     """Weights, cache and engine. `max_seq_len`: positions of the cache, by default `context_length(prepared)`."""
     length = context_length(prepared) if max_seq_len is None else max_seq_len
     model = load_model(prepared, length)
-    return Built(make_engine(prepared, model, length, cache_dir()), model, prepared)
+    return Built(make_engine(prepared, model, length, cache_dir_or_say()), model, prepared)
 
 
 def load_model(prepared: Prepared, max_seq_len: int) -> Transformer:

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     built = build(prepared, context)
     built.engine.prepare(params, len(prompt_ids))
 
-    sequences = built.engine.add_samples(prompt_ids, params, args.num_samples)
+    sequences = built.engine.add_samples(prompt_ids, params, args.num_samples, new_text=args.chat or not text)
     texts = {sequence.seq_id: "" for sequence in sequences}
     show = None if args.json else Samples(sequences, texts, "" if args.chat else text, stream=args.stream is not False)
     with _profiled(args.profile, prepared):
@@ -137,7 +137,8 @@ def _encode(prepared: "Prepared", text: str, *, chat: bool) -> list[int]:
         if prepared.template is None:
             raise UserError(f"{prepared.name} has no chat template, so it was not made for --chat: leave that out")
         return prepared.template.render([{"role": "user", "content": text}])
-    ids = tokenizer.encode(text, bos=True)
+    # An empty text needs something to begin with, also where texts begin without BOS.
+    ids = tokenizer.encode(text, bos=tokenizer.add_bos or not text)
     if ids:
         return ids
     ends = sorted(tokenizer.eos_ids | set(prepared.config.eos_token_ids))

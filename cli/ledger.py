@@ -47,7 +47,8 @@ class Figures:
     def lines(self) -> list[str]:
         """One aligned line a figure; phases that took no time are left out."""
         ledger = self.ledger
-        rows: list[tuple[str, str, str]] = [(name, seconds(spent), "") for name, spent in ledger.phase_s.items() if spent]
+        phases = ledger.phase_s.items()
+        rows: list[tuple[str, str, str]] = [(name, seconds(spent), "") for name, spent in phases if spent]
         if ledger.ttft_s is not None:
             rows.append(("first token", seconds(ledger.ttft_s), "after the prompt was given"))
         if ledger.prefill_tok_s is not None:

@@ -1,4 +1,6 @@
-"""What a compiled step depends on besides its own shape, as one key; and whether this machine can compile at all."""
+"""Compiled steps as files: the key that one is kept under, keeping and finding it, and the compiler that makes it. Does
+not know how a step is compiled or loaded.
+"""
 
 import functools
 import hashlib
@@ -6,13 +8,38 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 
+from config.cache import atomic_write
 from config.errors import UserError
 
-SOURCES = ("model", "generate")
+STEP_SOURCES = (
+    "generate/artifacts.py",
+    "generate/backends.py",
+    "generate/compilation.py",
+    "generate/sampling.py",
+    "generate/step.py",
+    "model/attention.py",
+    "model/kernels.py",
+    "model/kv_cache.py",
+    "model/layers.py",
+    "model/ops.py",
+    "model/rope.py",
+    "model/tracing.py",
+    "model/transformer.py",
+    "model/triton_kernels.py",
+)
+"""Our own code that decides what a compiled step computes. What reads a configuration is not in it: the configuration
+that came of it is in the key.
+"""
+
+KEPT_PACKAGES = 64
+"""How many compiled steps a directory keeps; the ones unused for longest go first."""
+ROOM_BYTES = 4 * 2**20
+"""What the compilers write for one step beside what is kept, roughly."""
 
 
 def environment_key(device: torch.device, *parts: str) -> str:
@@ -31,15 +58,72 @@ def environment_key(device: torch.device, *parts: str) -> str:
 
 
 def native_compiler() -> str:
-    """The C++ compiler that Inductor will call. Raises UserError where there is none."""
+    """The C++ compiler to use. Raises UserError where there is none."""
     wanted = os.environ.get("CXX")
     for name in [wanted] if wanted else ["g++", "clang++"]:
         if found := shutil.which(name):
             return found
+    what = f"CXX names {wanted}, which is not there" if wanted else "there is no g++ or clang++ here"
     raise UserError(
-        "--compile needs a C++ compiler, and there is no g++ or clang++ here: install one (on Debian: g++), "
-        "set CXX to it, or leave out --compile"
+        f"compiling needs a C++ compiler, and {what}: install one (on Debian: g++), set CXX to one, or leave out "
+        "--compile and --compile-prefill"
     )
+
+
+def check_can_compile(cache_dir: Path | None) -> None:
+    """Raises UserError where compiled steps cannot be had: no compiler, and nothing that one made was kept."""
+    if cache_dir is None or not any(kept_in(cache_dir).glob("*.pt2")):
+        native_compiler()
+
+
+def kept_in(cache_dir: Path) -> Path:
+    return cache_dir / "compiled"
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is as it was kept. Raises OSError for one that cannot be read."""
+    digest = path.with_suffix(".sha256").read_bytes()
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode() == digest
+
+
+def keep(made: Path, path: Path) -> None:
+    """Keep a copy of the file `made` as `path`, and of its neighbours those used last. Raises OSError."""
+    data = made.read_bytes()
+    atomic_write(path, data)
+    atomic_write(path.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode())
+    kept = sorted(path.parent.glob("*.pt2"), key=lambda other: other.stat().st_mtime)
+    for old in kept[:-KEPT_PACKAGES]:
+        old.unlink(missing_ok=True)
+        old.with_suffix(".sha256").unlink(missing_ok=True)
+
+
+def let_compilers_keep(cache_dir: Path | None) -> None:
+    """Says to the compilers where to keep what is theirs (checks of this machine, CUDA kernels), unless the person has:
+    in the cache directory, or where nothing can be written there, for as long as this process lives, in a directory of
+    its own. Their default has a name in the shared temporary directory that anybody can guess and take.
+    """
+    variables = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
+    if all(name in os.environ for name in variables):
+        return
+    root = cache_dir if cache_dir is not None and _has_room(cache_dir) else Path(_private_directory().name)
+    for name, folder in variables.items():
+        os.environ.setdefault(name, str(root / folder))
+
+
+def _has_room(cache_dir: Path) -> bool:
+    try:
+        for folder in ("inductor", "triton"):
+            (cache_dir / folder).mkdir(mode=0o700, exist_ok=True)
+            with tempfile.TemporaryFile(dir=cache_dir / folder) as file:
+                file.write(bytes(ROOM_BYTES))  # a quota shows itself in no other way
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def _private_directory() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory(prefix="torchchat-", ignore_cleanup_errors=True)
 
 
 def _device(device: torch.device) -> list[str]:
@@ -64,8 +148,7 @@ def _sources() -> str:
     """The hash of the code that steps are made of."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
-    for folder in SOURCES:
-        for path in sorted((root / folder).glob("*.py")):
-            digest.update(path.name.encode())
-            digest.update(path.read_bytes())
+    for name in STEP_SOURCES:
+        digest.update(name.encode())
+        digest.update((root / name).read_bytes())
     return digest.hexdigest()

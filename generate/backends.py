@@ -9,6 +9,7 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,23 @@ Dynamic = dict[int, int]
 """Input -> its one dimension whose size changes from call to call."""
 
 
-def compile_package(function: Function, inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path) -> None:
-    """Compile `function` of `inputs` into the file `path`, of torch's .pt2 form. largest: bound of dynamic sizes."""
+@dataclass(frozen=True)
+class Backend:
+    """compile(function, inputs, dynamic, largest, path, compiler): into the file `path`; dynamic sizes are from 2 to
+    `largest`; `compiler` is the C++ compiler to use. Raises whatever the compilers raise.
+
+    load(path, device): what was compiled. Raises RuntimeError for a file that is nothing of the kind.
+    """
+
+    compile: Callable[[Function, list[Tensor], Dynamic, int, Path, str], None]
+    load: Callable[[Path, torch.device], Program]
+
+
+def _compile_package(
+    function: Function, inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path, compiler: str
+) -> None:
     from torch._inductor import aoti_compile_and_package
+    from torch._inductor import config as inductor_config
 
     class Step(nn.Module):
         def forward(self, *tensors: Tensor) -> Tensor:
@@ -33,13 +48,14 @@ def compile_package(function: Function, inputs: list[Tensor], dynamic: Dynamic, 
 
     dims = {i: {d: torch.export.Dim("T", min=2, max=largest)} for i, d in dynamic.items()}
     shapes = (tuple(dims.get(i) for i in range(len(inputs))),) if dynamic else None
-    with _compiling(), _kept_whole():
+    # What is made on the way goes beside the result, not into the compiler's own cache, where nothing ever leaves.
+    build = {"aot_inductor.output_path": str(path.parent / "build")}
+    with _compiling(compiler), _kept_whole(), inductor_config.patch(build):
         program = torch.export.export(Step(), tuple(inputs), dynamic_shapes=shapes, strict=False)
         aoti_compile_and_package(program, package_path=str(path))
 
 
-def load_package(path: Path, device: torch.device) -> Program:
-    """Load what `compile_package` wrote. Raises RuntimeError for a file that is no such package."""
+def _load_package(path: Path, device: torch.device) -> Program:
     index = -1 if device.type == "cpu" else (device.index or 0)
     loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, index)
 
@@ -50,8 +66,9 @@ def load_package(path: Path, device: torch.device) -> Program:
     return run
 
 
-def compile_artifact(function: Function, inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path) -> None:
-    """Compile `function` of `inputs` into the file `path`, an Inductor artifact."""
+def _compile_artifact(
+    function: Function, inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path, compiler: str
+) -> None:
     from torch._dispatch.python import enable_python_dispatcher
     from torch._inductor import standalone_compile
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -67,15 +84,14 @@ def compile_artifact(function: Function, inputs: list[Tensor], dynamic: Dynamic,
         source = torch._dynamo.source.ConstantSource(f"input_{i}")
         context: Any = StatelessSymbolicContext(dynamic_sizes=sizes)
         fakes.append(mode.from_tensor(tensor, source=source, symbolic_context=context))
-    with _compiling():
+    with _compiling(compiler):
         with mode, enable_python_dispatcher():
             graph = make_fx(function)(*fakes)
         artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
         artifact.save(path=str(path), format="binary")
 
 
-def load_artifact(path: Path, device: torch.device) -> Program:
-    """Load what `compile_artifact` wrote. Raises RuntimeError for a file that is no such artifact."""
+def _load_artifact(path: Path, device: torch.device) -> Program:
     from torch._inductor.standalone_compile import CompiledArtifact
 
     try:
@@ -92,11 +108,19 @@ def load_artifact(path: Path, device: torch.device) -> Program:
 
 
 @contextlib.contextmanager
-def _compiling() -> Iterator[None]:
+def _compiling(compiler: str) -> Iterator[None]:
     """No gradients, the model told that it is traced, and the compiler's remarks to its makers left out."""
+    from torch._inductor import config as inductor_config
+
     loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._export", "torch.export")]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), torch.inference_mode(False), torch.no_grad(), tracing():
+    with (
+        warnings.catch_warnings(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        tracing(),
+        inductor_config.patch({"cpp.cxx": (None, compiler)}),
+    ):
         warnings.simplefilter("ignore")
         for logger in loggers:
             logger.setLevel(logging.ERROR)
@@ -119,3 +143,9 @@ def _kept_whole() -> Iterator[None]:
     finally:
         if saved is not None:
             decompositions[mv] = saved
+
+
+PACKAGE = Backend(_compile_package, _load_package)
+"""A package of AOTInductor, torch's .pt2 form."""
+ARTIFACT = Backend(_compile_artifact, _load_artifact)
+"""An artifact of Inductor's."""

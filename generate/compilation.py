@@ -4,7 +4,6 @@ A step is compiled ahead of time, with every tensor it touches as an input, into
 loads that with no tracing. On CUDA the decode step is captured into a graph besides.
 """
 
-import hashlib
 import os
 import tempfile
 import time
@@ -16,19 +15,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from config.cache import atomic_write
 from config.errors import UserError
+from config.settings import shorten
 from generate import step
-from generate.artifacts import environment_key, native_compiler
-from generate.backends import Dynamic, Program, compile_artifact, compile_package, load_artifact, load_package
+from generate.artifacts import environment_key, is_whole, keep, kept_in, let_compilers_keep, native_compiler
+from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Program
 from generate.sampling import RowParams, SamplingPlan
 from generate.stats import Ledger
 from generate.step import DecodeState, LanguageModel
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 
-KEPT_PACKAGES = 64
-"""How many compiled steps the cache holds; the ones unused for longest go first."""
+LEAST_LENGTHS = 8
+"""A prefill step is compiled for lengths from 2 to at least this: it takes a range for the length to stay open."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,10 @@ class Tensors:
 
 
 class CompiledSteps:
-    """`prefill` and `decode` with the signatures of `generate.step`, compiled where asked, each form of them once."""
+    """`prefill` and `decode` with the signatures of `generate.step`, compiled where asked, each form of them once.
+
+    For one cache and one state: a compiled step keeps the tensors that it was first called with.
+    """
 
     def __init__(
         self,
@@ -80,15 +82,13 @@ class CompiledSteps:
         ledger: Ledger,
         report: Callable[[str], None],
     ) -> None:
-        """cache_dir: where packages are kept; None keeps none. report: told of each hit and miss, in words."""
+        """cache_dir: where compiled steps are kept; None keeps none. report: told of each hit and miss, in words."""
         self.model = model
         self.compile_decode, self.compile_prefill = compile_decode, compile_prefill
         self.prefill_chunk = prefill_chunk
-        self.cache_dir = None if cache_dir is None else cache_dir / "compiled"
-        if cache_dir is not None:
-            # What the compilers themselves keep: their checks of this machine, precompiled headers, CUDA kernels.
-            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "inductor"))
-            os.environ.setdefault("TRITON_CACHE_DIR", str(cache_dir / "triton"))
+        self.cache_dir = cache_dir
+        if compile_decode or compile_prefill:
+            let_compilers_keep(cache_dir)
         self.ledger, self.report = ledger, report
         self._decoders: dict[tuple[int, SamplingPlan], Callable[[Tensor], Tensor]] = {}
         self._prefills: dict[SamplingPlan, Callable[..., Tensor]] = {}
@@ -144,8 +144,9 @@ class CompiledSteps:
                 model, its_cache, its_state, (slots,) = tensors.restore(inputs)
                 return step.decode(model, its_cache, its_state, slots, plan)
 
+            what = "decode" if key[0] == 1 else f"decode, batch {key[0]}"
             with self.ledger.phase("compile"):
-                program = self._program(f"decode, batch {key[0]}", traced, [*flat, slots_B], {}, 0, repr(key))
+                program = self._program("--compile", what, traced, [*flat, slots_B], {}, 0, repr(key))
                 if slots_B.is_cuda:
                     self._decoders[key] = _captured(program, flat, slots_B, state)
                 else:
@@ -161,12 +162,14 @@ class CompiledSteps:
                 model, its_cache, its_state, (tokens, start, slots, last, context) = tensors.restore(inputs)
                 return step.prefill(model, its_cache, its_state, tokens, start, slots, last, context, plan)
 
-            length = min(self.prefill_chunk, cache.max_seq_len)
-            tokens = torch.zeros(1, max(2, length // 2), dtype=torch.int64, device=cache.keys[0].device)
+            length = max(LEAST_LENGTHS, min(self.prefill_chunk, cache.max_seq_len))
+            tokens = torch.zeros(1, length // 2, dtype=torch.int64, device=cache.keys[0].device)
             one = torch.zeros(1, dtype=torch.int64, device=tokens.device)
             inputs = [*flat, tokens, one, one.clone(), one.clone(), torch.tensor(tokens.shape[1])]
             with self.ledger.phase("compile"):
-                program = self._program("prefill", traced, inputs, {len(flat): 1}, length, repr((plan, length)))
+                program = self._program(
+                    "--compile-prefill", "prefill", traced, inputs, {len(flat): 1}, length, repr((plan, length))
+                )
             self._prefills[plan] = lambda *rest: program([*flat, *rest])
         return self._prefills[plan]
 
@@ -175,6 +178,7 @@ class CompiledSteps:
 
     def _program(
         self,
+        flag: str,
         what: str,
         function: Callable[..., Tensor],
         inputs: list[Tensor],
@@ -186,68 +190,60 @@ class CompiledSteps:
         device = inputs[0].device
         shapes = [(str(t.dtype), tuple(t.shape), t.stride()) for t in inputs]
         key = environment_key(device, form, repr(self.model.config), repr(shapes))
-        kept = None if self.cache_dir is None else self.cache_dir / f"{key}.pt2"
+        kept = None if self.cache_dir is None else kept_in(self.cache_dir) / f"{key}.pt2"
+        why = "nothing is kept here"
+        if kept is not None:
+            began = time.perf_counter()
+            if (program := _load_kept(kept, device)) is not None:
+                self.report(f"{what}: compiled before, loaded in {1000 * (time.perf_counter() - began):.0f} ms")
+                return program
+            why = "what was kept is damaged" if kept.exists() else "not compiled before"
         began = time.perf_counter()
-        if kept is not None and (program := _load_kept(kept, device)) is not None:
-            self.report(f"{what}: compiled before, loaded in {time.perf_counter() - began:.1f} s")
-            return program
-        native_compiler()
-        self.report(f"{what}: compiling, which takes a while the first time")
-        with tempfile.TemporaryDirectory(prefix="torchchat-") as directory:
+        compiler = native_compiler()
+        self.report(f"{what}: {why}; compiling, which takes a while")
+        with tempfile.TemporaryDirectory(prefix="torchchat-", ignore_cleanup_errors=True) as directory:
             path = Path(directory) / "step.pt2"
-            _compile(function, inputs, dynamic, largest, path)
-            program = _load(path, device)
-            seconds = time.perf_counter() - began
-            self.report(f"{what}: compiled in {seconds:.1f} s{', not kept' if kept is None else ''}")
+            try:
+                _backend(device).compile(function, inputs, dynamic, largest, path, compiler)
+                program = _backend(device).load(path, device)
+            except Exception as error:  # what compilers raise has nothing else in common
+                raise UserError(_failure(flag, error)) from error
+            self.report(f"{what}: compiled in {time.perf_counter() - began:.1f} s")
             if kept is not None:
                 self._keep(path, kept)
         return program
 
     def _keep(self, path: Path, kept: Path) -> None:
         try:
-            data = path.read_bytes()
-            atomic_write(kept, data)
-            atomic_write(kept.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode())
-            _prune(kept.parent)
+            keep(path, kept)
         except OSError as error:
-            self.report(f"compiled code was not kept in {kept.parent} ({error.strerror}): the next run compiles again")
+            self.report(f"what was compiled is not kept: {kept.parent}: {error.strerror}; the next run compiles again")
 
 
-def _compile(function: Callable[..., Tensor], inputs: list[Tensor], dynamic: Dynamic, largest: int, path: Path) -> None:
-    from torch._inductor.exc import CppCompileError
-
-    compile_for = compile_package if inputs[0].device.type == "cpu" else compile_artifact
-    try:
-        compile_for(function, inputs, dynamic, largest, path)
-    except CppCompileError as error:
-        raise UserError(
-            f"--compile: the C++ compiler {native_compiler()} failed ({str(error).splitlines()[0]}): leave out "
-            "--compile, or set CXX to another compiler"
-        ) from error
-
-
-def _load(path: Path, device: torch.device) -> Program:
-    return load_package(path, device) if device.type == "cpu" else load_artifact(path, device)
+def _backend(device: torch.device) -> Backend:
+    return PACKAGE if device.type == "cpu" else ARTIFACT
 
 
 def _load_kept(path: Path, device: torch.device) -> Program | None:
-    """A package out of the cache; None if it is missing, damaged or does not load here."""
+    """A compiled step out of the cache; None if it is missing, damaged or does not load here."""
     try:
-        digest = path.with_suffix(".sha256").read_bytes().decode()
-        if hashlib.sha256(path.read_bytes()).hexdigest() != digest:
+        if not is_whole(path):
             return None
-        program = _load(path, device)
+        program = _backend(device).load(path, device)
         os.utime(path)
-    except (OSError, UnicodeDecodeError, RuntimeError):
+    except (OSError, RuntimeError):
         return None
     return program
 
 
-def _prune(directory: Path) -> None:
-    packages = sorted(directory.glob("*.pt2"), key=lambda path: path.stat().st_mtime)
-    for path in packages[:-KEPT_PACKAGES]:
-        path.unlink(missing_ok=True)
-        path.with_suffix(".sha256").unlink(missing_ok=True)
+def _failure(flag: str, error: Exception) -> str:
+    """What to tell of a compiler's error. They are pages long: the first line that names an error says the most."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "no reason given")
+    return (
+        f"{flag}: compiling failed: {type(error).__name__}: {shorten(telling, 200)}; leave {flag} out, or see "
+        "all of it with TORCHCHAT_DEBUG=1"
+    )
 
 
 def _captured(program: Program, flat: list[Tensor], slots_B: Tensor, state: DecodeState) -> Callable[[Tensor], Tensor]:
@@ -255,17 +251,21 @@ def _captured(program: Program, flat: list[Tensor], slots_B: Tensor, state: Deco
     slots = slots_B.clone()
     held = [state.tokens, state.positions, state.seen]
     saved = [tensor.clone() for tensor in held]
+
+    def restore() -> None:
+        for tensor, before in zip(held, saved, strict=True):
+            tensor.copy_(before)
+
     stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream(slots.device))
     with torch.cuda.stream(stream):
         for _ in range(2):
             program([*flat, slots])
+            restore()  # each time: the second run must not be one position further, past the end of the cache
     torch.cuda.current_stream(slots.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         tokens_B = program([*flat, slots])
-    for tensor, before in zip(held, saved, strict=True):
-        tensor.copy_(before)
 
     def replay(slots_B: Tensor) -> Tensor:
         slots.copy_(slots_B)

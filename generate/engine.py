@@ -32,7 +32,7 @@ PrepareFn = Callable[[KVCache, DecodeState, Tensor, SamplingPlan, int], None]
 class TokenBytes(Protocol):
     """What the engine asks of a tokenizer."""
 
-    def decode_bytes(self, ids: SequenceOf[int]) -> bytes: ...
+    def decode_bytes(self, ids: SequenceOf[int], *, start: bool = False) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -112,22 +112,28 @@ class Engine:
         slots_B = torch.arange(self._batch_size, device=self.device).clamp(max=self.cache.num_slots - 1)
         self.prepare_fn(self.cache, self.state, slots_B, SamplingPlan.of([params], self.vocab_size), prompt_tokens)
 
-    def add(self, prompt_ids: SequenceOf[int], params: SamplingParams) -> Sequence:
-        """Queue a prompt. Raises UserError for one that the context cannot hold or the model does not know."""
+    def add(self, prompt_ids: SequenceOf[int], params: SamplingParams, *, new_text: bool = False) -> Sequence:
+        """Queue a prompt. Raises UserError for one that the context cannot hold or the model does not know.
+
+        new_text: what is made begins a text (a reply in a chat, what follows BOS alone) and does not continue one.
+        """
         check_prompt(prompt_ids, self.cache.max_seq_len, self.vocab_size)
         room = self.cache.max_seq_len - len(prompt_ids)
         wanted = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
-        sequence = Sequence(self._next_id, tuple(prompt_ids), params, wanted, arrived_at=time.perf_counter())
+        arrived_at = time.perf_counter()
+        sequence = Sequence(self._next_id, tuple(prompt_ids), params, wanted, arrived_at=arrived_at, at_start=new_text)
         self._next_id += 1
         self.scheduler.add(sequence)
         return sequence
 
-    def add_samples(self, prompt_ids: SequenceOf[int], params: SamplingParams, num_samples: int) -> list[Sequence]:
+    def add_samples(
+        self, prompt_ids: SequenceOf[int], params: SamplingParams, num_samples: int, *, new_text: bool = False
+    ) -> list[Sequence]:
         """Queue a prompt `num_samples` times; sample i has the seed `params.seed + i`, and is what that seed gives
         alone.
         """
         seeds = [(params.seed + i) % (MAX_SEED + 1) for i in range(num_samples)]
-        return [self.add(prompt_ids, replace(params, seed=seed)) for seed in seeds]
+        return [self.add(prompt_ids, replace(params, seed=seed), new_text=new_text) for seed in seeds]
 
     @torch.inference_mode()
     def step(self) -> list[RequestOutput]:
@@ -159,7 +165,7 @@ class Engine:
                 self.cancel(sequence)
 
     def _issue(self, work: Prefill | Decode) -> _Issued:
-        issued_at = time.perf_counter()
+        issued_at = self._now()
         tokens = self._issue_prefill(work) if isinstance(work, Prefill) else self._issue_decode(work)
         if self.device.type != "cuda":
             return _Issued(work, tokens, None, issued_at)
@@ -209,7 +215,7 @@ class Engine:
                 issued.ready.synchronize()
             tokens = issued.tokens.tolist()
         # A step's time runs from the last step's end, or from its own issue when the device was idle before.
-        now = time.perf_counter()
+        now = self._now()
         seconds, self._read_at = now - max(issued.issued_at, self._read_at), now
         if isinstance(issued.work, Prefill):
             self.ledger.prefill(issued.work.end - issued.work.start, seconds)
@@ -222,12 +228,12 @@ class Engine:
     def _advance(self, sequence: Sequence, token: int) -> RequestOutput:
         """Append a token to its sequence, and end it where it ends."""
         if not sequence.token_ids:
-            self.ledger.first_token(self._read_at - sequence.arrived_at)
+            self.ledger.first_token(time.perf_counter() - sequence.arrived_at)
         sequence.token_ids.append(token)
         ended = token in self.eos_ids and not sequence.params.ignore_eos
         text = ""
         if self.tokenizer is not None and not ended:
-            text = sequence.detokenizer.push(self.tokenizer.decode_bytes((token,)))
+            text = sequence.detokenizer.push(self._bytes(self.tokenizer, sequence, token))
         reason: FinishReason | None = None
         if ended or sequence.detokenizer.stopped:
             reason = "stop"
@@ -236,6 +242,16 @@ class Engine:
         if reason is not None:
             text += self._finish(sequence, reason)
         return RequestOutput(sequence.seq_id, text, (token,), reason)
+
+    def _bytes(self, tokenizer: TokenBytes, sequence: Sequence, token: int) -> bytes:
+        data = tokenizer.decode_bytes((token,))
+        if sequence.at_start and data:  # the first that shows: without the space that stands before a first word
+            data, sequence.at_start = tokenizer.decode_bytes((token,), start=True), False
+        return data
+
+    def _now(self) -> float:
+        """A clock that stands still while something is compiled, which so counts in no rate."""
+        return time.perf_counter() - self.ledger.phase_s["compile"]
 
     def _finish(self, sequence: Sequence, reason: FinishReason) -> str:
         """Take a sequence out; the text that it still held back."""

@@ -41,6 +41,8 @@ class Sequence:
     finish_reason: FinishReason | None = None
     arrived_at: float = 0.0
     """When it was asked for, in seconds of `time.perf_counter`."""
+    at_start: bool = False
+    """What it makes begins a text, and nothing of that shows yet."""
     detokenizer: Detokenizer = field(init=False)
 
     def __post_init__(self) -> None:

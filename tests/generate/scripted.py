@@ -80,7 +80,7 @@ class Utf8Tokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def decode_bytes(self, ids: list[int] | tuple[int, ...]) -> bytes:
+    def decode_bytes(self, ids: list[int] | tuple[int, ...], *, start: bool = False) -> bytes:
         return bytes(i for i in ids if i < 256)
 
 

@@ -23,6 +23,7 @@ STEP_SOURCES = (
     "generate/sampling.py",
     "generate/step.py",
     "model/attention.py",
+    "model/config_types.py",
     "model/kernels.py",
     "model/kv_cache.py",
     "model/layers.py",

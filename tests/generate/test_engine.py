@@ -134,6 +134,33 @@ def test_half_a_character_is_never_shown() -> None:
     assert texts == ["a", "", "ñ", "", "", "\ufffd"]  # the end came three bytes into the smiley
 
 
+class SpacedTokenizer:
+    """As SentencePiece's of Llama 2: every word has its space before it, which a text does not begin with."""
+
+    PIECES = {1: b"", 2: b" ", 3: b" Hi", 4: b" you"}
+
+    def decode_bytes(self, ids: tuple[int, ...], *, start: bool = False) -> bytes:
+        return b"".join(self.PIECES[i] for i in ids).removeprefix(b" " if start else b"")
+
+
+@pytest.mark.parametrize(
+    ("script", "new_text", "text"),
+    [
+        ([3, 4], True, "Hi you"),
+        ([1, 1, 3, 4], True, "Hi you"),  # what shows nothing is not the beginning
+        ([2, 3], True, " Hi"),  # a space of the text's own stays
+        ([3, 4], False, " Hi you"),
+    ],
+)
+def test_a_new_text_begins_without_the_tokenizers_space(script: list[int], new_text: bool, text: str) -> None:
+    engine = make_engine(ScriptedModel(script, 1, VOCAB))
+    engine.tokenizer = SpacedTokenizer()
+    params = SamplingParams(temperature=0, max_new_tokens=len(script))
+    (sequence,) = engine.add_samples([1], params, 1, new_text=new_text)
+    assert "".join(output.text for _ in script for output in engine.step()) == text
+    assert sequence.finished
+
+
 def test_the_contexts_end_is_an_end_of_length() -> None:
     engine = make_engine(max_seq_len=16)
     tokens, _, reason = run(engine, (PROMPT, SamplingParams()))[0]

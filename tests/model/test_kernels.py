@@ -1,0 +1,75 @@
+"""Our CUDA kernels give what plain PyTorch gives, on shapes that fit their blocks and shapes that do not."""
+
+import copy
+
+import pytest
+import torch
+
+from model import kernels
+from model.attention import decode_attention
+from model.layers import Linear, RMSNorm
+from model.tracing import tracing
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def assert_no_worse(fused: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor) -> None:
+    """The kernel is as near to the exact result as plain PyTorch is, but for one rounding of the largest number."""
+    rounding = torch.finfo(fused.dtype).eps * exact.abs().max()
+    assert torch.isfinite(fused).all()
+    assert (fused - exact).abs().max() <= 2 * (plain - exact).abs().max() + rounding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(96, 64), (512, 288), (130, 1000), (4096, 4096)])
+@pytest.mark.parametrize("gate", [None, "silu", "gelu_tanh", "gelu"])
+@pytest.mark.parametrize("plus_one", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_row_times_a_matrix_is_linear(
+    dtype: torch.dtype, rows: int, columns: int, gate: str | None, plus_one: bool, bias: bool
+) -> None:
+    torch.manual_seed(0)
+    linear = Linear(columns, rows, bias=bias, device="cuda", dtype=dtype)
+    norm = RMSNorm(columns, 1e-5, plus_one).to("cuda", dtype)
+    x = torch.randn(1, 1, columns, device="cuda", dtype=dtype)
+    residual = None if gate else torch.randn(1, 1, rows, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        linear.weight.normal_(std=columns**-0.5)
+        norm.weight.normal_(mean=1.0, std=0.2)
+        if bias:
+            linear.bias.normal_()
+        given = {"norm": norm, "gate": gate, "residual": residual, "multiplier": 1.0 if gate else 0.5}
+        plain = linear(x, **given)
+        with tracing():  # a traced step takes the kernel
+            assert kernels.usable(x)
+            fused = linear(x, **given)
+        exact_given = {**given, "norm": copy.deepcopy(norm).double()}
+        exact_given["residual"] = None if residual is None else residual.double()
+        exact = copy.deepcopy(linear).double()(x.double(), **exact_given)
+    assert_no_worse(fused, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(32, 8, 128), (6, 6, 48), (4, 2, 16), (8, 1, 256)])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (17, None), (None, 30.0), (100, 5.0)])
+def test_flash_decode_is_attention_over_the_filled_cache(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, window: int | None, softcap: float | None
+) -> None:
+    torch.manual_seed(0)
+    query = torch.randn(3, heads, head_dim, device="cuda", dtype=dtype)
+    keys = torch.randn(4, kv_heads, 600, head_dim, device="cuda", dtype=dtype)
+    values = torch.randn_like(keys)
+    starts = torch.tensor([0, 599, 77], device="cuda")
+    slots = torch.tensor([3, 0, 2], device="cuda")
+    # What is past a row's position was written by others, or never: it must not count.
+    keys[2, :, 78:], values[2, :, 78:] = float("nan"), float("nan")
+    plain = decode_attention(query, keys, values, starts, slots, head_dim**-0.5, window, softcap)
+    fused = kernels.flash_decode(query, keys, values, starts, slots, head_dim**-0.5, window, softcap)
+    double = (tensor.double() for tensor in (query, keys, values))
+    exact = decode_attention(*double, starts, slots, head_dim**-0.5, window, softcap)
+    assert_no_worse(fused, plain, exact)

@@ -61,9 +61,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--json prints one document when all is done: leave out --stream")
     if args.profile is not None:
         _check_writable(args.profile)
-    text = read_prompt(args)
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's remarks to its makers
+    remarks: list[str] = []
+    text = read_prompt(args, remark=remarks.append)
 
-    # Torch from here on.
+    # Torch from here on. What was chosen is said once nothing that was asked for can be wrong any more.
     from cli.builder import build, context_length, prepare
     from cli.ledger import Figures
     from generate.engine import check_prompt
@@ -73,21 +75,26 @@ def run(args: argparse.Namespace) -> int:
     prompt_ids = _encode(prepared, text, chat=args.chat)
     context = context_length(prepared, len(prompt_ids) + (params.max_new_tokens or 1024))
     check_prompt(prompt_ids, context, prepared.config.vocab_size)
-    status(describe_build(settings, prepared.device, prepared.dtype))
-    status(_describe_sampling(params, args.num_samples))
     built = build(prepared, context)
+    for line in (
+        *remarks,
+        describe_build(settings, prepared.device, prepared.dtype),
+        _describe_sampling(params, args.num_samples),
+    ):
+        status(line)
     built.engine.prepare(params, len(prompt_ids))
 
-    sequences = built.engine.add_samples(prompt_ids, params, args.num_samples, new_text=args.chat or not text)
-    texts = {sequence.seq_id: "" for sequence in sequences}
-    show = None if args.json else Samples(sequences, texts, "" if args.chat else text, stream=args.stream is not False)
-    with _profiled(args.profile, prepared):
-        interrupted = _run(built.engine, sequences, texts, show)
+    with _profiled(args.profile, prepared), _interruptible() as interrupted:
+        sequences = built.engine.add_samples(prompt_ids, params, args.num_samples, new_text=args.chat or not text)
+        texts = {sequence.seq_id: "" for sequence in sequences}
+        shown = "" if args.chat else text
+        show = None if args.json else Samples(sequences, texts, shown, stream=args.stream is not False)
+        _run(built.engine, sequences, texts, show, interrupted)
     figures = Figures.take(built.ledger, prepared.device.device)
     if args.json:
         print(json.dumps(_document(built, sequences, texts, figures)))
     else:
-        _say_what_was_cut(sequences, context, interrupted)
+        _say_what_was_cut(sequences, context, bool(interrupted))
         print("", *figures.lines(), sep="\n", file=sys.stderr, flush=True)
     return EXIT_INTERRUPTED if interrupted else 0
 
@@ -147,20 +154,20 @@ def _encode(prepared: "Prepared", text: str, *, chat: bool) -> list[int]:
     return ends[:1]  # models without a beginning are trained on texts that follow the last one's end
 
 
-def _run(engine: "Engine", sequences: "list[Sequence]", texts: dict[int, str], show: Samples | None) -> bool:
-    """Step until all is done, or until Ctrl-C ends the sequences as they are; whether it was that."""
-    with _interruptible() as interrupted:
-        while engine.has_unfinished and not interrupted:
-            for output in engine.step():
-                texts[output.seq_id] += output.text
-            if show is not None:
-                show.update()
+def _run(
+    engine: "Engine", sequences: "list[Sequence]", texts: dict[int, str], show: Samples | None, interrupted: list[int]
+) -> None:
+    """Step until all is done, or until Ctrl-C (`interrupted` fills) ends the sequences as they are."""
+    while engine.has_unfinished and not interrupted:
+        for output in engine.step():
+            texts[output.seq_id] += output.text
+        if show is not None:
+            show.update()
     for sequence in sequences:
         last = engine.cancel(sequence)
         texts[sequence.seq_id] += last.text if last is not None else ""
     if show is not None:
         show.update()
-    return bool(interrupted)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class Figures:
             return cls(ledger, peak, None)
         try:
             return cls(ledger, peak, known_bandwidth(device, cache_dir_or_say(), warn).read_gb_s * 1e9)
-        except torch.OutOfMemoryError:  # the model fills the device: then there is nothing to compare with
+        except (torch.OutOfMemoryError, KeyboardInterrupt):  # no room beside the model, or no time: then without
             return cls(ledger, peak, None)
 
     def document(self) -> dict[str, float | int | None]:

@@ -35,9 +35,12 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_prompt(args: argparse.Namespace, say: Callable[[str], None] = status) -> str:
+def read_prompt(
+    args: argparse.Namespace, say: Callable[[str], None] = status, remark: Callable[[str], None] = status
+) -> str:
     """The prompt that the flags ask for. Text from a file or from standard input loses one line break at its end.
 
+    say: told at once that this waits for text. remark: told which prompt is taken where none was given.
     Raises UserError for text that is not UTF-8, an unreadable file, and contradictory flags.
     """
     if args.prompt is not None and args.prompt_file is not None:
@@ -59,7 +62,7 @@ def read_prompt(args: argparse.Namespace, say: Callable[[str], None] = status) -
     if _stdin_has_content() and (text := _from_stdin(say)):
         return text
     text = DEFAULT_MESSAGE if args.chat else DEFAULT_PROMPT
-    say(f"no --prompt given: {'saying' if args.chat else 'continuing'} {text!r}")
+    remark(f"no --prompt given: {'saying' if args.chat else 'continuing'} {text!r}")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Laws of compiled steps: they give what eager ones give, are compiled once for all lengths, and are kept between runs."""
+"""Laws of compiled steps: they give what eager ones give, are compiled once for all lengths, are kept between runs."""
 
 import ast
 import os
@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from config.errors import UserError
 from config.settings import SamplingParams
@@ -24,7 +23,7 @@ from generate.stats import Ledger
 from model.config import ModelConfig, from_hf
 from model.kv_cache import KVCache
 from model.transformer import Transformer
-from tests.generate.scripted import Utf8Tokenizer, run
+from tests.generate.scripted import StandIn, Utf8Tokenizer, run
 
 ROOT = Path(__file__).parent.parent.parent
 VOCAB, CHUNK, MAX_SEQ_LEN = 97, 8, 48
@@ -168,37 +167,9 @@ def test_a_file_that_is_no_compiled_step_is_a_runtime_error(tmp_path: Path, back
 # ---- What is kept, when, and what is said, with a stand-in for the compilers that takes no time. ----
 
 
-class StandIn:
-    """A backend whose files name the functions that it was given."""
-
-    def __init__(self) -> None:
-        self.functions: list[Callable[..., Tensor]] = []
-        self.compilers: list[str] = []
-        self.error: BaseException | None = None
-        self.takes_s = 0.0
-
-    def compile(self, function, inputs, dynamic, largest, path: Path, compiler: str) -> None:
-        time.sleep(self.takes_s)
-        assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-        path.write_bytes(b"half")
-        if self.error is not None:
-            raise self.error
-        path.write_bytes(f"function {len(self.functions)}".encode())
-        self.functions.append(function)
-        self.compilers.append(compiler)
-
-    def load(self, path: Path, device: torch.device) -> Callable[[list[Tensor]], Tensor]:
-        word, number = path.read_text().split()
-        if word != "function":
-            raise RuntimeError("no such package")
-        return lambda inputs: self.functions[int(number)](*inputs)
-
-
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
-    backend = StandIn()
-    monkeypatch.setattr(compilation, "_backend", lambda device: Backend(backend.compile, backend.load))
-    return backend
+    return StandIn.install(monkeypatch)
 
 
 def prepared(cache_dir: Path | None, model: Transformer | None = None, params=GREEDY, **options) -> list[str]:
@@ -332,13 +303,12 @@ def test_an_interrupted_compilation_leaves_nothing(
 
 @pytest.mark.parametrize(("prefill", "flag"), [(True, "--compile-prefill"), (False, "--compile")])
 def test_a_failed_compilation_is_one_line_that_names_the_flag(stand_in: StandIn, prefill: bool, flag: str) -> None:
-    stand_in.error = AssertionError(
-        "C++ compile error\n\nCommand:\ng++ " + "-x " * 500 + "\na.cpp:1: error: no"
-    )
+    stand_in.error = AssertionError("C++ compile error\n\nCommand:\ng++ " + "-x " * 500 + "\na.cpp:1: error: no")
     with pytest.raises(UserError) as caught:
         prepared(None, prefill=prefill)
     text = str(caught.value)
-    assert text.startswith(f"{flag}: compiling failed: AssertionError: a.cpp:1: error: no; leave {flag} out")
+    assert text.startswith(f"{flag}: compiling with {native_compiler()} failed: AssertionError: a.cpp:1: error: no; ")
+    assert f"leave {flag} out" in text
     assert caught.value.__cause__ is stand_in.error
     stand_in.error = ValueError()
     with pytest.raises(UserError, match="no reason given"):

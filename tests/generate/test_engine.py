@@ -137,10 +137,9 @@ def test_half_a_character_is_never_shown() -> None:
 class SpacedTokenizer:
     """As SentencePiece's of Llama 2: every word has its space before it, which a text does not begin with."""
 
-    PIECES = {1: b"", 2: b" ", 3: b" Hi", 4: b" you"}
-
     def decode_bytes(self, ids: tuple[int, ...], *, start: bool = False) -> bytes:
-        return b"".join(self.PIECES[i] for i in ids).removeprefix(b" " if start else b"")
+        pieces = {1: b"", 2: b" ", 3: b" Hi", 4: b" you"}
+        return b"".join(pieces[i] for i in ids).removeprefix(b" " if start else b"")
 
 
 @pytest.mark.parametrize(

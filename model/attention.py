@@ -5,6 +5,7 @@ cost follows the context that is there. Both are custom ops under the compiler, 
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,15 +18,24 @@ from model.tracing import is_tracing
 Attend = Callable[..., Tensor]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a batch stand: the position of each one's first new token, its slot in the cache, both int64
+    [B], and the largest position that any row reaches, plus one (a tensor on the CPU while a step is traced).
+    """
+
+    start_B: Tensor
+    slots_B: Tensor
+    context: int | Tensor
+
+
 def attend(
     q_BTNH: Tensor,
     k_BTKH: Tensor,
     v_BTKH: Tensor,
     keys: Tensor,
     values: Tensor,
-    start_B: Tensor,
-    slots_B: Tensor,
-    context: int | Tensor,
+    rows: Rows,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -35,6 +45,7 @@ def attend(
     keys, values: [slots, K, max_seq_len, H], written at positions start_B .. start_B + T - 1 of rows slots_B. A token
     attends to at most the `window` last positions, itself included. softcap: scores become tanh(s / softcap) * softcap.
     """
+    start_B, slots_B, context = rows.start_B, rows.slots_B, rows.context
     positions_BT = start_B[:, None] + torch.arange(q_BTNH.shape[1], device=start_B.device)
     keys[slots_B[:, None], :, positions_BT] = k_BTKH
     values[slots_B[:, None], :, positions_BT] = v_BTKH

@@ -7,7 +7,7 @@ N heads, K key/value heads, H head size, V vocabulary.
 import torch
 from torch import Tensor, nn
 
-from model.attention import attend
+from model.attention import Rows, attend
 from model.config import LayerConfig, ModelConfig
 from model.kv_cache import KVCache, distinct_ropes
 from model.layers import Embedding, Linear, RMSNorm
@@ -25,8 +25,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim = config.head_dim
-        rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
-        self.qkv_proj = Linear(config.hidden_size, rows, bias=config.qkv_bias)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
         self.q_norm = norm_of(config, self.head_dim) if config.qk_norm else None
         self.k_norm = norm_of(config, self.head_dim) if config.qk_norm else None
@@ -41,9 +41,7 @@ class Attention(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         values: Tensor,
-        start_B: Tensor,
-        slots_B: Tensor,
-        context: int | Tensor,
+        rows: Rows,
     ) -> Tensor:
         """What the heads see, before `o_proj`: [B, T, N * H]."""
         B, T, _ = x_BTD.shape
@@ -53,9 +51,7 @@ class Attention(nn.Module):
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         if rotation is not None:
             q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
-        out_BTNH = attend(
-            q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, self.scale, self.window, self.softcap
-        )
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, keys, values, rows, self.scale, self.window, self.softcap)
         return out_BTNH.reshape(B, T, -1)
 
 
@@ -88,13 +84,9 @@ class Block(nn.Module):
         rotation: tuple[Tensor, Tensor] | None,
         keys: Tensor,
         values: Tensor,
-        start_B: Tensor,
-        slots_B: Tensor,
-        context: int | Tensor,
+        rows: Rows,
     ) -> Tensor:
-        heads_BTE: Tensor = self.attention(
-            x_BTD, self.attention_norm, rotation, keys, values, start_B, slots_B, context
-        )
+        heads_BTE: Tensor = self.attention(x_BTD, self.attention_norm, rotation, keys, values, rows)
         x_BTD = self._add(x_BTD, self.attention.o_proj, heads_BTE, self.attention_post_norm)
         gated_BTF = self.feed_forward.gate_up_proj(x_BTD, norm=self.ffn_norm, gate=self.hidden_act)
         return self._add(x_BTD, self.feed_forward.down_proj, gated_BTF, self.ffn_post_norm)
@@ -153,10 +145,11 @@ class Transformer(nn.Module):
         if self.config.embedding_multiplier != 1.0:
             # Rounded to the model's dtype first, as in training.
             x_BTD = x_BTD * torch.full((), self.config.embedding_multiplier, dtype=x_BTD.dtype, device=x_BTD.device)
+        rows = Rows(start_B, slots_B, context)
         for i, layer in enumerate(self.layers):
             rope = self._rope_of_layer[i]
             rotation = None if rope is None else rotations[rope]
-            x_BTD = layer(x_BTD, rotation, cache.keys[i], cache.values[i], start_B, slots_B, context)
+            x_BTD = layer(x_BTD, rotation, cache.keys[i], cache.values[i], rows)
         if logits_at_B is not None:
             x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B].unsqueeze(1)
         logits: Tensor = self.lm_head(x_BTD, norm=self.norm).float()

@@ -10,10 +10,7 @@ from model.attention import decode_attention
 from model.layers import Linear, RMSNorm
 from model.tracing import tracing
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

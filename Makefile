@@ -29,7 +29,10 @@ lint: $(VENV)/installed-dev
 	@$(BIN)/mypy
 
 bench: $(VENV)/installed
+	@echo "make: measuring this machine and the built-in model, eager and compiled (a minute or two)"
 	@$(BIN)/torchchat bench
+	@$(BIN)/torchchat bench --compile
+	@echo "make: done; other models: $(BIN)/torchchat bench --random-weights llama3.2-1b --compile"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

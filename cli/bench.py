@@ -197,11 +197,13 @@ def _measure(prepared: "Prepared", plan: Plan, report: "Report") -> None:
             for tokens in plan.prefill if batch == plan.batches[0] else ():
                 with Progress(f"reading {tokens} tokens", plan.repeats + 1) as progress:
                     flops = prefill_flops(model, tokens)
-                    report.prefilled(measure_prefill(engine, tokens, flops, plan.repeats, progress.advance))
+                    prefill = measure_prefill(engine, tokens, flops, plan.repeats, progress.advance)
+                report.prefilled(prefill)
             fill_cache(engine.cache)
             for context in plan.contexts:
                 with Progress(f"tokens after {context}, batch {batch}", plan.repeats + 1) as progress:
-                    report.decoded(measure_decode(engine, context, batch, plan.repeats, progress.advance))
+                    decode = measure_decode(engine, context, batch, plan.repeats, progress.advance)
+                report.decoded(decode)
             del engine  # its cache is freed before the next one is made
     report.ended(peak_memory_bytes(device))
 

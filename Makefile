@@ -1,7 +1,7 @@
 # Needs Python 3.10+ and make, nothing else: the first target that needs the environment makes it in .venv.
 #   make demo    a story written by the built-in model        make test    lint, types and all tests
 #   make lint    ruff and mypy                                make bench   measure this machine
-#   make clean   remove the environment and every cache of the tools
+#   make docs    write docs/commands.md anew from the code    make clean   remove the environment and all caches of tools
 # PYTHON=python3.12 chooses the interpreter. pip's own variables (PIP_INDEX_URL, …) are honoured.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | head -5
@@ -20,8 +20,8 @@ demo: $(VENV)/installed
 	@echo "make: done; try: $(BIN)/torchchat generate --help"
 
 test: lint
-	@echo "make: tests (some minutes)"
-	@$(BIN)/python -m pytest -q
+	@echo "make: tests, up to four at a time (some minutes)"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed-dev
 	@echo "make: ruff and mypy (seconds, the first time a minute)"
@@ -33,6 +33,9 @@ bench: $(VENV)/installed
 	@$(BIN)/torchchat bench
 	@$(BIN)/torchchat bench --compile
 	@echo "make: done; other models: $(BIN)/torchchat bench --random-weights llama3.2-1b --compile"
+
+docs: $(VENV)/installed-dev
+	@$(BIN)/python -m tests.generated_docs
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -141,7 +141,10 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling", "defaults: the model's generation_config.json, then those named here")
     group.add_argument("--max-new-tokens", metavar="N", type=int, help="make at most N tokens (default: until the end)")
     group.add_argument(
-        "--temperature", metavar="T", type=float, help=f"0: always the likeliest token (default: {ours.temperature})"
+        "--temperature",
+        metavar="T",
+        type=float,
+        help=f"higher is more surprising; 0: always the likeliest (default: {ours.temperature})",
     )
     group.add_argument("--top-k", metavar="K", type=int, help="keep the K likeliest tokens; 0: off")
     group.add_argument("--top-p", metavar="P", type=float, help="keep the likeliest tokens that make up P; 1: off")

@@ -59,6 +59,15 @@ def test_every_family_is_in_the_table():
     assert set(re.findall(r"`(\w+ForCausalLM)`", cells)) == ours
 
 
+def test_the_layout_names_every_file_and_no_other():
+    layout = section((ROOT / "CONTRIBUTING.md").read_text(), "Layout")
+    for package in ("cli", "config", "model", "generate"):
+        part = layout.partition(f"\n    {package}/")[2].partition("\n\n")[0]
+        named = set(re.findall(r"^      ([\w.]+/?) ", part, flags=re.MULTILINE))
+        there = {path.name for path in (ROOT / package).iterdir() if path.suffix in (".py", ".json")} - {"__init__.py"}
+        assert named - {"default/"} == there
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())

@@ -37,7 +37,7 @@ class Document:
 
 
 def split(ids: list[int], context: int, predicted: bool = True) -> list[Document]:
-    """A text as documents of at most context predictions; each next one begins with the last token of the one before."""
+    """A text as documents of at most context predictions; each begins with the last token of the one before it."""
     whole = torch.tensor(ids)
     return [Document(whole[at : at + context + 1], predicted) for at in range(0, len(ids) - 1, context)]
 

@@ -72,9 +72,10 @@ def is_small_talk(example: Example) -> bool:
 
 
 def story_subject(text: str) -> str | None:
-    """What a story is about, for a request: "a little girl named Lily", "a boat"; None where the opening does not say."""
+    """What a story is about, for a request: "a little girl named Lily", "a boat"; None if its opening does not say."""
     opening = " ".join(re.split(r"(?<=[.!?])\s+", text, maxsplit=2)[:2])
-    being = re.search(r"\b(?:was|lived|were) (an? [a-z]+(?: [a-z]+){0,2}?)(?= (?:named|called|who|that)\b|[,.!]| and )", opening)
+    thing, after = r"(an? [a-z]+(?: [a-z]+){0,2}?)", r"(?= (?:named|called|who|that)\b|[,.!]| and )"
+    being = re.search(rf"\b(?:was|lived|were) {thing}{after}", opening)
     name = re.search(r"\b(?:named|called) ([A-Z][a-z]+)\b", opening)
     if being and name:
         return f"{being[1]} named {name[1]}"

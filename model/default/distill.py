@@ -43,7 +43,7 @@ def write_texts(
 def label(
     teachers: Sequence[Llama], documents: list[Document], batch_tokens: int, top: int, rng: random.Random
 ) -> list[Batch]:
-    """The documents, shuffled and packed, with the mean of the teachers' probabilities: the top tokens of each position."""
+    """The documents, shuffled and packed, with the teachers' mean probabilities of the top tokens of each position."""
     shuffled = rng.sample(documents, len(documents))
     device = teachers[0].embedding.device
     batches = []
@@ -60,8 +60,9 @@ def hard_loss(hidden_ND: Tensor, embedding_VD: Tensor, batch: Batch) -> Tensor:
 
 
 def soft_loss(hidden_ND: Tensor, embedding_VD: Tensor, batch: Batch, hard_weight: float) -> Tensor:
-    """Cross-entropy with the teachers' probabilities, all but the top tokens counted as one; plus weighted hard_loss."""
-    assert batch.soft_ids is not None and batch.soft_probs is not None
+    """Cross-entropy with the teachers' probabilities, all but the top tokens as one; plus the weighted hard_loss."""
+    assert batch.soft_ids is not None
+    assert batch.soft_probs is not None
     logits = F.linear(hidden_ND, embedding_VD).float()
     log_total = logits.logsumexp(-1)
     log_probs = logits.gather(-1, batch.soft_ids.long()) - log_total[:, None]

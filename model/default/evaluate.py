@@ -93,7 +93,7 @@ def load(folder: Path) -> tuple[Llama, Vocabulary]:
 
 
 def unpicked_samples(model: Llama, vocabulary: Vocabulary, seed: int) -> str:
-    """One story for each prompt and one transcript for each list of questions, as Markdown; nothing is chosen by hand."""
+    """A story for each prompt and a transcript for each list of questions, as Markdown; nothing is chosen by hand."""
     generator = torch.Generator(device=model.embedding.device).manual_seed(seed)
     longest = model.shape.context * 2 // 5
 

@@ -1,6 +1,7 @@
-"""The Llama architecture in plain torch, for training: packed documents in, hidden states out, Hugging Face names on export.
+"""The Llama architecture in plain torch, for training: packed documents in, hidden states out; Hugging Face's names.
 
-Shape suffixes: N tokens of a packed batch, R rows of a sampling batch, T positions, D width, H heads, K head width, V vocabulary.
+Shape suffixes: N tokens of a packed batch, R rows of a sampling batch, T positions, D width, H heads, K head width,
+V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -154,12 +155,12 @@ def mean_probs(models: Sequence[Llama], batch: Batch, half: bool) -> Tensor:
 
 def to_hugging_face(model: Llama, dtype: torch.dtype) -> dict[str, Tensor]:
     """The weights under the names of Hugging Face's LlamaForCausalLM (tied: no lm_head)."""
-    tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
+    tensors: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.norm}
     for index, block in enumerate(model.blocks):
         assert isinstance(block, Block)
         q, k, v = block.qkv_proj.chunk(3)
         gate, up = block.gate_up_proj.chunk(2)
-        parts = {
+        parts: dict[str, Tensor] = {
             "input_layernorm": block.attention_norm,
             "self_attn.q_proj": q,
             "self_attn.k_proj": k,

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 def orthogonalize(updates: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrices to [count, rows, columns], roughly, by five Newton-Schulz steps in bfloat16.
+    """The nearest semi-orthogonal matrices to [count, rows, columns], roughly: five Newton-Schulz steps in bfloat16.
 
     Coefficients from Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024).
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = updates.bfloat16()
-    tall = x.shape[-2] > x.shape[-1]
+    x: Tensor = updates.bfloat16()
+    tall = updates.shape[-2] > updates.shape[-1]
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -31,7 +31,7 @@ class Group(NamedTuple):
 
 
 class MuonAdamW:
-    """Muon (momentum 0.95, Nesterov, decoupled weight decay) on block matrices; AdamW on the embedding and the norms."""
+    """Muon (momentum 0.95, Nesterov, decoupled weight decay) on blocks' matrices; AdamW on the embedding and norms."""
 
     MOMENTUM = 0.95
 
@@ -47,10 +47,10 @@ class MuonAdamW:
                 by_shape.setdefault((rows // parts, columns), []).append(parameter)
             else:
                 others.append(parameter)
-        self.groups = [
-            Group(matrices, torch.zeros(sum(m.shape[0] for m in matrices) // rows, rows, columns, device=matrices[0].device))
-            for (rows, columns), matrices in by_shape.items()
-        ]
+        self.groups = []
+        for (rows, columns), matrices in by_shape.items():
+            count = sum(len(m) for m in matrices) // rows
+            self.groups.append(Group(matrices, torch.zeros(count, rows, columns, device=matrices[0].device)))
         self.embedding_lr = embedding_lr
         fused = others[0].is_cuda
         self.adam = torch.optim.AdamW(others, lr=embedding_lr, betas=(0.9, 0.95), weight_decay=0.01, fused=fused)

@@ -1,4 +1,4 @@
-"""Draws token ids from a model, many rows at once: what the teachers write for the student, and the README's samples."""
+"""Draws token ids from a model, many rows at once: what teachers write for the student, and the README's samples."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from model.default.vocabulary import BOS, PAD, UNK
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """length: tokens in a row, the prompt included; min_p: tokens less likely than this share of the likeliest are out."""
+    """length: of a row, the prompt included; min_p: tokens less likely than this share of the likeliest are out."""
 
     length: int
     temperature: float = 1.0

@@ -1,4 +1,4 @@
-"""Short exchanges in our own words, so that a greeting, thanks or "tell me a story" meets a friendly answer. Data only."""
+"""Short exchanges in our own words, so that a greeting, thanks or "tell me a story" meets a friendly answer: data."""
 
 Intent = tuple[list[str], list[str]]  # (ways of saying it, answers that fit each of them)
 
@@ -46,7 +46,14 @@ SMALL_TALK: dict[str, Intent] = {
         ],
     ),
     "thanks": (
-        ["Thank you!", "Thanks!", "Thank you very much.", "That was a nice story.", "I liked that story!", "Thanks a lot!"],
+        [
+            "Thank you!",
+            "Thanks!",
+            "Thank you very much.",
+            "That was a nice story.",
+            "I liked that story!",
+            "Thanks a lot!",
+        ],
         ["You're welcome!", "You are very welcome!", "I'm glad you liked it!", "You're welcome! It was fun."],
     ),
     "goodbye": (

@@ -1,7 +1,7 @@
 """Trains the embedded default model from the corpora in this folder: `python3 -m model.default.train`.
 
-The recipe: a SentencePiece tokenizer; a few large, strongly regularized teachers; texts that the teachers write; a small
-student that learns the teachers' probabilities on real and written texts; the student exported in Hugging Face form.
+The recipe: a SentencePiece tokenizer; a few large, strongly regularized teachers; texts that the teachers write; a
+small student that learns the teachers' probabilities on real and written texts, exported in Hugging Face form.
 """
 
 import argparse
@@ -78,7 +78,7 @@ class Recipe:
 SMOKE = Recipe(
     vocab_size=600, context=128, batch_tokens=1024, teachers=2, teacher_dim=32, teacher_layers=2, teacher_heads=2,
     teacher_hidden=64, teacher_tokens=8e3, written_stories=1e3, written_chats=1e3, writing_rows=4, topic_tokens=2e3,
-    student_dim=32, student_layers=2, student_heads=2, student_hidden=64, student_tokens=8e3, keep=0.02,
+    student_dim=32, student_layers=2, student_heads=2, student_hidden=64, student_tokens=8e3, keep=0.01,
 )  # fmt: skip
 
 
@@ -185,7 +185,8 @@ def student_batches(run: Run, teachers: list[Llama]) -> Callable[[float], Batch]
     rng = random.Random(recipe.seed)
     stories = write_texts(teachers, run.vocabulary, False, recipe.written_stories, recipe.writing_rows, recipe.seed)
     chats = write_texts(teachers, run.vocabulary, True, recipe.written_chats, recipe.writing_rows, recipe.seed + 1)
-    run.say(f"written: {len(stories)} stories, {len(chats)} dialogues; one: {run.vocabulary.decode(stories[0].ids.tolist())!r}")
+    one = run.vocabulary.decode(stories[0].ids.tolist())
+    run.say(f"written: {len(stories)} stories, {len(chats)} dialogues; one: {one!r}")
     run.log["seconds"]["writing"] = time.monotonic() - began
 
     began = time.monotonic()
@@ -218,14 +219,13 @@ def train_student(run: Run, teachers: list[Llama]) -> Llama:
     torch.manual_seed(recipe.seed)
     student = Llama(shape, recipe.student_dropout).to(run.device)
     run.log["parameters"] = sum(p.numel() for p in student.parameters())
-    if teachers:
 
-        def loss(hidden: Tensor, embedding: Tensor, batch: Batch) -> Tensor:
-            return soft_loss(hidden, embedding, batch, recipe.hard_weight)
+    def loss(hidden_ND: Tensor, embedding_VD: Tensor, batch: Batch) -> Tensor:
+        if not teachers:
+            return hard_loss(hidden_ND, embedding_VD, batch)
+        return soft_loss(hidden_ND, embedding_VD, batch, recipe.hard_weight)
 
-        source = student_batches(run, teachers)
-    else:
-        loss, source = hard_loss, new_mixture(run, recipe.seed)
+    source = student_batches(run, teachers) if teachers else new_mixture(run, recipe.seed)
     train(run, "student", student, recipe.student_weight_decay, 0.0, recipe.student_tokens, source, loss)
     return student
 

@@ -30,7 +30,7 @@ CHAT_TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> bytes:
-    """A SentencePiece BPE model (its serialized proto) that reproduces text exactly: no normalization, bytes for the rest."""
+    """A SentencePiece BPE model, as a proto: no normalization and bytes for the rest, so that text comes back."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=texts,
@@ -66,7 +66,7 @@ class Vocabulary:
         self.assistant: int = self.pieces.piece_to_id(ASSISTANT_PIECE)
 
     def encode_all(self, examples: list[Example]) -> list[list[int]]:
-        """Ids of each example: a story is BOS text EOS; a dialogue BOS, then user turns and assistant turns with EOS."""
+        """Ids of each example. A story: BOS text EOS. A dialogue: BOS, user turns, and assistant turns with EOS."""
         contents: list[str] = [content for example in examples for _, content in example.messages]
         encoded = iter(self.pieces.encode(contents, num_threads=8))
         return [self._lay_out(example, encoded) for example in examples]
@@ -83,7 +83,8 @@ class Vocabulary:
 
     def decode(self, ids: list[int]) -> str:
         """Text of the ids; the marks of turns stay visible, BOS, EOS and padding are left out."""
-        text, run = "", []
+        text = ""
+        run: list[int] = []
         for token in ids:
             if token in (self.user, self.assistant):
                 text += self.pieces.decode(run) + f"\n{self.pieces.id_to_piece(token)} "

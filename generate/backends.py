@@ -87,6 +87,7 @@ def _compile_artifact(
     with _compiling(compiler):
         with mode, enable_python_dispatcher():
             graph = make_fx(function)(*fakes)
+        assert all(node.op != "get_attr" for node in graph.graph.nodes), "a constant, which no caller would pass"
         artifact = standalone_compile(graph, fakes, dynamic_shapes="from_graph")
         artifact.save(path=str(path), format="binary")
 
@@ -112,6 +113,13 @@ def _compiling(compiler: str) -> Iterator[None]:
     """No gradients, the model told that it is traced, and the compiler's remarks to its makers left out."""
     from torch._inductor import config as inductor_config
 
+    options = {
+        "cpp.cxx": (None, compiler),
+        # They would be kept under a name in the shared temporary directory that anybody can guess and take, and need
+        # the program openssl.
+        "aot_inductor.precompile_headers": False,
+        "cpp_cache_precompile_headers": False,
+    }
     loggers = [logging.getLogger(name) for name in ("torch._inductor", "torch._export", "torch.export")]
     levels = [logger.level for logger in loggers]
     with (
@@ -119,7 +127,7 @@ def _compiling(compiler: str) -> Iterator[None]:
         torch.inference_mode(False),
         torch.no_grad(),
         tracing(),
-        inductor_config.patch({"cpp.cxx": (None, compiler)}),
+        inductor_config.patch(options),
     ):
         warnings.simplefilter("ignore")
         for logger in loggers:

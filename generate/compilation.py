@@ -221,7 +221,8 @@ class CompiledSteps:
 
 
 def _backend(device: torch.device) -> Backend:
-    return PACKAGE if device.type == "cpu" else ARTIFACT
+    # torch 2.11 crashes when it loads a package that calls operators of ours; 2.12 was not tried.
+    return PACKAGE if device.type == "cpu" and torch.__version__ >= (2, 13) else ARTIFACT
 
 
 def _load_kept(path: Path, device: torch.device) -> Program | None:
@@ -237,9 +238,9 @@ def _load_kept(path: Path, device: torch.device) -> Program | None:
 
 
 def _failure(flag: str, compiler: str, error: Exception) -> str:
-    """What to tell of a compiler's error. They are pages long: the first line that names an error says the most."""
+    """What to tell of a compiler's error. They are pages long: the first line with the word says the most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "no reason given")
+    telling = next((line for line in lines if " error: " in line), lines[0] if lines else "no reason given")
     return (
         f"{flag}: compiling with {compiler} failed: {type(error).__name__}: {shorten(telling, 200)}; "
         f"leave {flag} out, or see all of it with TORCHCHAT_DEBUG=1"

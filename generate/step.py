@@ -102,7 +102,8 @@ def _sample_into(
         logits_BV = penalize(logits_BV, state.seen[slots_B], params.repetition_penalty)
     tokens_B = sample(logits_BV, positions_B, params, plan)
     if plan.penalties:
-        state.seen[slots_B, tokens_B] = True
+        # Not `= True`: a constant of its own would be an input that nobody passes to the compiled step.
+        state.seen[slots_B, tokens_B] = torch.ones_like(tokens_B, dtype=torch.bool)
     state.tokens[slots_B] = tokens_B
     state.positions[slots_B] = positions_B
     return tokens_B

@@ -222,7 +222,8 @@ class CompiledSteps:
 
 def _backend(device: torch.device) -> Backend:
     # torch 2.11 crashes when it loads a package that calls operators of ours; 2.12 was not tried.
-    return PACKAGE if device.type == "cpu" and torch.__version__ >= (2, 13) else ARTIFACT
+    loads_packages = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+    return PACKAGE if device.type == "cpu" and loads_packages else ARTIFACT
 
 
 def _load_kept(path: Path, device: torch.device) -> Program | None:

@@ -138,6 +138,21 @@ def test_help_and_version(command, capsys):
     assert capsys.readouterr().out == f"torchchat {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_go_to_sleep_unless_the_person_decides(command, monkeypatch, given, spins):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # so that what the command sets is undone
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    command.act = lambda args: command.seen.append(os.environ.get("GOMP_SPINCOUNT")) or 0
+    assert main(["try"]) == 0
+    assert command.seen[1] == spins
+
+
 def test_from_outside_in_another_directory(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "torchchat.py", "nothing"], cwd=tmp_path, capture_output=True, text=True, timeout=60

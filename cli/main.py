@@ -21,6 +21,9 @@ COMMANDS = {
 }
 """Name -> (one line of help, the module that runs it: `add_arguments(parser)` and `run(args) -> int`)."""
 
+PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "jinja2", "psutil")
+"""What must be installed, as pyproject.toml has it."""
+
 DESCRIPTION = """\
 Run a language model on the machine you have, customized four ways: compilation, quantization, precision, device.
 Without a MODEL a small one that ships with torchchat is used."""
@@ -41,6 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print_error(str(error))
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name not in PACKAGES:  # our own mistake
+            raise
+        if debug:
+            traceback.print_exc()
+        print_error(
+            f"{error.name} is not installed for {sys.executable}: `make demo` makes an environment with all that is "
+            "needed, and .venv/bin/torchchat is then the program; or pip install -e . in an environment of your own"
+        )
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,6 +1,7 @@
 """A command line from outside: which command runs, how a mistake is told, what the exit code is."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,23 @@ def test_a_full_disk_is_told_in_the_system_s_words(command, capsys):
     command.act = fail
     assert main(["try"]) == 1
     assert "No space left on device: 'a/file'" in one_error_line(capsys)
+
+
+def test_a_package_that_is_not_installed_is_one_line(command, capsys):
+    def need(name):
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    command.act = lambda args: need("torch")
+    assert main(["try"]) == 2
+    assert "torch is not installed for" in one_error_line(capsys)
+    command.act = lambda args: need("cli.nothing")
+    with pytest.raises(ModuleNotFoundError):
+        main(["try"])
+
+
+def test_the_packages_are_those_that_are_installed():
+    project = (ROOT / "pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("]")[0]
+    assert tuple(re.findall(r'^    "([\w-]+)', project, flags=re.MULTILINE)) == main_module.PACKAGES
 
 
 def test_our_own_bugs_are_not_hidden(command):

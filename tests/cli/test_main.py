@@ -158,7 +158,7 @@ def test_help_and_version(command, capsys):
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+    [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
 )
 def test_threads_that_wait_go_to_sleep_unless_the_person_decides(command, monkeypatch, given, spins):
     for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):

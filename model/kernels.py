@@ -19,12 +19,14 @@ except ImportError:  # CPU and MPS builds of torch come without Triton
 else:
     HAS_TRITON = True
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CAPABILITIES = {torch.bfloat16: (8, 0), torch.float16: (7, 0), torch.float32: (7, 0)}
+"""The dtypes that the kernels take, and the first compute capability that has them."""
 
 
 def usable(x: Tensor) -> bool:
     """Whether the kernels run on x's device and dtype."""
-    return HAS_TRITON and x.is_cuda and x.dtype in DTYPES and _capability(x.device.index or 0) >= (7, 0)
+    needed = CAPABILITIES.get(x.dtype)
+    return HAS_TRITON and x.is_cuda and needed is not None and _capability(x.device.index or 0) >= needed
 
 
 @functools.cache
@@ -49,7 +51,7 @@ def _next_power_of_2(n: int) -> int:
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 
-def gemv_config(rows: int, K: int, gated: bool) -> dict[str, int]:
+def gemv_config(K: int) -> dict[str, int]:
     """Block sizes and warps of the matrix-vector kernel, from measurements on an H200 (docs/benchmarks.md)."""
     return {"BLOCK_N": 4, "BLOCK_K": min(512, _next_power_of_2(K)), "num_warps": 4}
 
@@ -72,7 +74,7 @@ def gemv(
     rows, K = weight.shape
     N = rows if gate is None else rows // 2
     out = torch.empty(N, dtype=x.dtype, device=x.device)
-    config = gemv_config(rows, K, gate is not None)
+    config = gemv_config(K)
     overlap = _overlap(x)
     extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     triton_kernels.gemv_kernel[(-(-N // config["BLOCK_N"]),)](

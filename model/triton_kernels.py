@@ -65,8 +65,9 @@ def gemv_kernel(
             y = 0.5 * y * (2.0 * tl.sigmoid(2.0 * inner)) * z
         else:
             y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476)) * z
+    y = y * multiplier
     if RESIDUAL:
-        y = y * multiplier + tl.load(residual_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
+        y += tl.load(residual_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
     tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=mask_n)
 
 @triton.jit

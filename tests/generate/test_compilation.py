@@ -59,7 +59,7 @@ def make_engine(
     max_num_seqs: int = 2,
     max_seq_len: int = MAX_SEQ_LEN,
 ) -> Engine:
-    dtype, ledger = model.norm.weight.dtype, Ledger()
+    weight, ledger = model.norm.weight, Ledger()
     steps = CompiledSteps(
         model,
         compile_decode=compiled,
@@ -71,7 +71,7 @@ def make_engine(
     )
     return Engine(
         model,
-        KVCache.create(model.config, slots_needed(max_num_seqs), max_seq_len, "cpu", dtype),
+        KVCache.create(model.config, slots_needed(max_num_seqs), max_seq_len, weight.device, weight.dtype),
         Utf8Tokenizer(),
         vocab_size=VOCAB,
         max_num_seqs=max_num_seqs,
@@ -144,15 +144,27 @@ def test_kept_files_are_private_whole_and_nothing_else(kept: tuple[Path, Engine,
 
 
 def test_artifacts_equal_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What CUDA runs on, and that its prefill too is compiled once for all lengths."""
+    """What CUDA runs on, with all that sampling can do, and that its prefill too is compiled once for all lengths."""
     monkeypatch.setattr(compilation, "_backend", lambda device: ARTIFACT)
     told: list[str] = []
-    small = [(prompt, replace(params, max_new_tokens=4)) for prompt, params in requests(GREEDY)]
+    small = [(prompt, replace(params, max_new_tokens=4)) for prompt, params in requests(FILTERED)]
     first = run(make_engine(make_model(), tmp_path, told.append), *small)
     assert first == run(make_engine(make_model(), compiled=False), *small)
-    assert compiles(told) == 2
+    assert compiles(told) == 3  # two forms of prefill, for a last chunk and for those before it, and one of decode
     assert run(make_engine(make_model(), tmp_path, told.append), *small) == first
-    assert compiles(told) == 2
+    assert compiles(told) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("params", [GREEDY, FILTERED], ids=["greedy", "filtered"])
+def test_compiled_equals_eager_on_cuda(tmp_path: Path, params: SamplingParams) -> None:
+    told: list[str] = []
+    engine = make_engine(make_model().to("cuda"), tmp_path, told.append)
+    expected = run(make_engine(make_model().to("cuda"), compiled=False), *requests(params))
+    assert run(engine, *requests(params)) == expected
+    before = compiles(told)
+    assert run(make_engine(make_model(seed=0).to("cuda"), tmp_path, told.append), *requests(params)) == expected
+    assert compiles(told) == before  # the second engine loads what the first one kept
 
 
 @pytest.mark.parametrize("backend", [PACKAGE, ARTIFACT], ids=["package", "artifact"])

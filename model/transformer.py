@@ -77,6 +77,7 @@ class Block(nn.Module):
         self.ffn_post_norm = norm_of(config, config.hidden_size) if config.post_norms else None
         self.hidden_act = config.hidden_act
         self.residual_multiplier = config.residual_multiplier
+        assert not config.post_norms or config.residual_multiplier == 1.0, "no family has both"
 
     def forward(
         self,
@@ -97,7 +98,7 @@ class Block(nn.Module):
             out: Tensor = linear(inner, residual=x_BTD, multiplier=self.residual_multiplier)
             return out
         update_BTD: Tensor = post_norm(linear(inner))
-        return x_BTD + update_BTD * self.residual_multiplier
+        return x_BTD + update_BTD
 
 
 class Transformer(nn.Module):

@@ -46,12 +46,22 @@ class Groups:
         return number in self.only if self.only else number % 32 == 0 and 32 <= number <= MAX_GROUP
 
     def default(self, bits: int) -> int:
-        """One scale a row holds 8 bits well; fewer bits need small groups."""
-        return self.whole_row if bits == 8 and self.whole_row is not None else 32
+        """As `Arguments` has it. One scale a row holds 8 bits well; fewer bits need small groups."""
+        return 0 if bits == 8 and self.whole_row is not None else 32
+
+    def nearest(self, number: int) -> int:
+        """The nearest that is allowed; for what is not above 0, one scale a row where that is offered."""
+        if number <= 0 and self.whole_row is not None:
+            return self.whole_row
+        if self.only:
+            return min(self.only, key=lambda size: abs(size - number))
+        return min(max(32, (number + 16) // 32 * 32), MAX_GROUP)
 
     def describe(self) -> str:
-        """ "32, 64, 128 or 256", "a multiple of 32, or 0 for one scale a row"."""
-        sizes = f"{', '.join(map(str, self.only[:-1]))} or {self.only[-1]}" if self.only else "a multiple of 32"
+        """ "32, 64, 128 or 256", "a multiple of 32 up to 65536, or 0 for one scale a row"."""
+        sizes = f"a multiple of 32 up to {MAX_GROUP}"
+        if self.only:
+            sizes = f"{', '.join(map(str, self.only[:-1]))} or {self.only[-1]}"
         return sizes if self.whole_row is None else f"{sizes}, or {self.whole_row} for one scale a row"
 
 

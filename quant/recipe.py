@@ -75,8 +75,9 @@ class QuantRecipe:
 def read_recipe(text: str, source: str, say: Callable[[str], None] = lambda line: None) -> QuantRecipe:
     """Read a recipe; `source` is who gave it ("--quantize", "TORCHCHAT_QUANTIZE"). Raises UserError with one line.
 
-    Text that begins with "{" (or "[", which is refused) is JSON, the name of a ready-made recipe is that, and anything else is the path of a file:
-    nothing is found out by trying. `say` is told of a file that has the name of a ready-made recipe.
+    Text that begins with "{" (or "[", which is refused) is JSON, the name of a ready-made recipe is that, and anything
+    else is the path of a file: nothing is found out by trying. `say` is told of a file that has the name of a
+    ready-made recipe.
     """
     if not text.strip():
         raise UserError(f"{source} is empty; {_WHAT_TO_GIVE}")

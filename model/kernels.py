@@ -39,12 +39,12 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _overlap(x: Tensor) -> bool:
+def overlaps(x: Tensor) -> bool:
     """Programmatic dependent launch: a kernel starts, and reads its weights, while the one before it still ends."""
     return _capability(x.device.index or 0) >= (9, 0) and torch.version.hip is None
 
 
-def _next_power_of_2(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
@@ -53,7 +53,7 @@ GATES = {None: 0, "silu": 1, "gelu_tanh": 2, "gelu": 3}
 
 def gemv_config(K: int) -> dict[str, int]:
     """Block sizes and warps of the matrix-vector kernel, from measurements on an H200 (docs/benchmarks.md)."""
-    return {"BLOCK_N": 4, "BLOCK_K": min(512, _next_power_of_2(K)), "num_warps": 4}
+    return {"BLOCK_N": 4, "BLOCK_K": min(512, next_power_of_2(K)), "num_warps": 4}
 
 
 def gemv(
@@ -75,7 +75,7 @@ def gemv(
     N = rows if gate is None else rows // 2
     out = torch.empty(N, dtype=x.dtype, device=x.device)
     config = gemv_config(K)
-    overlap = _overlap(x)
+    overlap = overlaps(x)
     extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     triton_kernels.gemv_kernel[(-(-N // config["BLOCK_N"]),)](
         x, weight, norm, bias, residual, out, N, K, eps, multiplier,
@@ -104,15 +104,15 @@ def flash_decode(
     # One program a multiprocessor: more parts would cost more to join than they win.
     share = max(1, _multiprocessors(q_BNH.device.index or 0) // (B * K))
     splits = min(64, 1 << (share.bit_length() - 1))
-    block_h = max(16, _next_power_of_2(H))
+    block_h = max(16, next_power_of_2(H))
     parts = torch.empty(B * N, splits, H, dtype=torch.float32, device=q_BNH.device)
     stats = torch.empty(B * N, splits, 2, dtype=torch.float32, device=q_BNH.device)
     out = torch.empty_like(q_BNH)
-    overlap = _overlap(q_BNH)
+    overlap = overlaps(q_BNH)
     extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     triton_kernels.attend_part_kernel[(B, K, splits)](
         q_BNH, keys, values, start_B, slots_B, parts, stats, scale, window or 0, softcap or 0.0, S,
-        K_HEADS=K, G=N // K, H=H, BLOCK_G=max(16, _next_power_of_2(N // K)), BLOCK_H=block_h, BLOCK_S=32,
+        K_HEADS=K, G=N // K, H=H, BLOCK_G=max(16, next_power_of_2(N // K)), BLOCK_H=block_h, BLOCK_S=32,
         SPLITS=splits, WINDOW=window is not None, SOFTCAP=softcap is not None, OVERLAP=overlap, num_warps=4, **extra,
     )  # fmt: skip
     triton_kernels.attend_join_kernel[(B * N,)](

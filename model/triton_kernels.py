@@ -8,6 +8,36 @@ import triton.language as tl
 
 
 @triton.jit
+def finish(
+    y, z, squares, rows, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
+    NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+):
+    """What comes after a matrix-vector product: y (and with a gate z, the rows' other halves) of `rows`, stored."""
+    mask_n = rows < N
+    scale = 1.0
+    if NORM:  # the norm's 1 / rms is one factor for the whole row: it is applied once, at the end
+        scale = tl.rsqrt(squares / K + eps)
+        y = y * scale
+    if BIAS:
+        y += tl.load(bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
+    if GATE != 0:
+        z = z * scale
+        if BIAS:
+            z += tl.load(bias_ptr + N + rows, mask=mask_n, other=0.0).to(tl.float32)
+        if GATE == 1:
+            y = y * tl.sigmoid(y) * z
+        elif GATE == 2:
+            inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
+            y = 0.5 * y * (2.0 * tl.sigmoid(2.0 * inner)) * z
+        else:
+            y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476)) * z
+    y = y * multiplier
+    if RESIDUAL:
+        y += tl.load(residual_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=mask_n)
+
+
+@triton.jit
 def gemv_kernel(
     x_ptr, w_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
     NORM: tl.constexpr, PLUS_ONE: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
@@ -47,28 +77,12 @@ def gemv_kernel(
             up += u.to(tl.float32) * x[None, :]
             u = u_next
         w = w_next
-    y = tl.sum(acc, 1)
-    scale = 1.0
-    if NORM:  # the norm's 1 / rms is one factor for the whole row: it is applied once, at the end
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + eps)
-        y = y * scale
-    if BIAS:
-        y += tl.load(bias_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
-    if GATE != 0:
-        z = tl.sum(up, 1) * scale
-        if BIAS:
-            z += tl.load(bias_ptr + N + rows, mask=mask_n, other=0.0).to(tl.float32)
-        if GATE == 1:
-            y = y * tl.sigmoid(y) * z
-        elif GATE == 2:
-            inner = 0.7978845608028654 * (y + 0.044715 * y * y * y)
-            y = 0.5 * y * (2.0 * tl.sigmoid(2.0 * inner)) * z
-        else:
-            y = 0.5 * y * (1.0 + tl.erf(y * 0.7071067811865476)) * z
-    y = y * multiplier
-    if RESIDUAL:
-        y += tl.load(residual_ptr + rows, mask=mask_n, other=0.0).to(tl.float32)
-    tl.store(out_ptr + rows, y.to(out_ptr.dtype.element_ty), mask=mask_n)
+    z = tl.sum(up, 1) if GATE != 0 else 0.0
+    finish(
+        tl.sum(acc, 1), z, tl.sum(squares, 0) if NORM else 0.0, rows, bias_ptr, residual_ptr, out_ptr, N, K, eps,
+        multiplier, NORM, BIAS, RESIDUAL, GATE,
+    )
+
 
 @triton.jit
 def attend_part_kernel(

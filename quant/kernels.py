@@ -1,0 +1,81 @@
+"""Our CUDA kernels for quantized weights: how they are launched. Knows tensors; `quant.ops` says when they are taken."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.kernels import GATES, HAS_TRITON, next_power_of_2, overlaps
+from quant import packed
+
+if HAS_TRITON:
+    from quant import triton_kernels
+
+DEQUANTIZE_BLOCK = 1024
+
+
+def usable(x: Tensor, kind: str) -> bool:
+    """Whether the kernels take numbers of this kind on x's device."""
+    return HAS_TRITON and x.is_cuda and (kind == "int" or _has_float8(x.device.index or 0))
+
+
+@functools.cache
+def _has_float8(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def gemv_config(N: int, K: int, bits: int, gated: bool) -> dict[str, int]:
+    """Block sizes and warps, from measurements on an H200 (docs/benchmarks.md)."""
+    if bits == 8:
+        return {"BLOCK_N": 2 if gated else 4, "BLOCK_K": min(2048, next_power_of_2(K)), "num_warps": 4}
+    quads = -(-K // 128) * 4
+    return {"BLOCK_N": 2 if gated else 4, "BLOCK_Q": min(128, next_power_of_2(quads)), "num_warps": 4}
+
+
+def gemv(
+    x: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None, norm: Tensor | None, bias: Tensor | None,
+    residual: Tensor | None, gate: str | None, eps: float, plus_one: bool, multiplier: float, bits: int,
+    group_size: int, config: dict[str, int] | None = None,
+) -> Tensor:  # fmt: skip
+    """`model.kernels.gemv` with a weight of 8 or 4 bits a number."""
+    rows, K = values.shape[0], x.numel()
+    N = rows if gate is None else rows // 2
+    out = torch.empty(N, dtype=x.dtype, device=x.device)
+    config = config or gemv_config(N, K, bits, gate is not None)
+    overlap = overlaps(x)
+    extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    grid = (-(-N // config["BLOCK_N"]),)
+    same: dict[str, Any] = {
+        "GROUP": group_size if scale.shape[1] > 1 or zero is not None else 0,
+        "ZERO": zero is not None, "NORM": norm is not None, "PLUS_ONE": plus_one, "BIAS": bias is not None,
+        "RESIDUAL": residual is not None, "GATE": GATES[gate], "OVERLAP": overlap,
+    }  # fmt: skip
+    if zero is not None and not group_size:
+        same["GROUP"] = next_power_of_2(K)
+    groups = scale.shape[1]
+    if bits == 8:
+        triton_kernels.gemv_8bit_kernel[grid](
+            x, values, scale, zero, norm, bias, residual, out, N, K, groups, eps, multiplier, **same, **config, **extra
+        )
+    else:
+        words = values.view(torch.int32)
+        triton_kernels.gemv_4bit_kernel[grid](
+            x, words, scale, zero, norm, bias, residual, out, N, K, words.shape[1], groups, eps, multiplier,
+            **same, **config, **extra,
+        )  # fmt: skip
+    return out
+
+
+def dequantize(
+    values: Tensor, scale: Tensor, zero: Tensor | None, K: int, bits: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """`quant.packed.dequantize` of a weight [N, K] on a GPU, in one pass."""
+    if not usable(values, "fp8" if values.is_floating_point() else "int"):
+        return packed.dequantize(values, scale, zero, K, bits, group_size, dtype)
+    out = torch.empty(values.shape[0], K, dtype=dtype, device=values.device)
+    triton_kernels.dequantize_kernel[(values.shape[0], -(-K // DEQUANTIZE_BLOCK))](
+        values, scale, zero, out, K, values.shape[1], scale.shape[1], group_size or K,
+        BITS=bits, ZERO=zero is not None, BLOCK_K=DEQUANTIZE_BLOCK, num_warps=4,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,116 @@
+"""A linear layer and a table of embeddings whose weights are quantized numbers. They stand where `model.layers.Linear`
+and `Embedding` stood and are called as those are; how the numbers were chosen they do not know.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from model.layers import ACTIVATIONS, RMSNorm, Table
+from model.tracing import is_tracing
+from quant import activations, ops
+from quant.formats import Format
+from quant.packed import dequantize
+
+
+class _Quantized(nn.Module):
+    """`values`, `scale` and perhaps `zero` of a weight [N, K], as `quant.packed` describes them."""
+
+    values: nn.Parameter
+    scale: nn.Parameter
+    zero: nn.Parameter | None
+
+    def __init__(self, N: int, K: int, format: Format, dtype: torch.dtype) -> None:
+        """dtype: of the scales. Uninitialized memory, or none on the meta device: whoever makes it fills it."""
+        super().__init__()
+        self.N, self.K, self.format = N, K, format
+        if format.kind == "fp8":
+            values = torch.empty(N, K, dtype=torch.float8_e4m3fn)
+        elif format.bits == 8:
+            values = torch.empty(N, K, dtype=torch.int8)
+        else:
+            values = torch.empty(N, format.padded_width(K) * format.bits // 8, dtype=torch.uint8)
+        groups = format.groups(K)
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(torch.empty(N, groups, dtype=dtype), requires_grad=False)
+        zero = nn.Parameter(torch.empty(N, groups, dtype=torch.int8), requires_grad=False) if format.has_zero else None
+        self.register_parameter("zero", zero)
+
+    def share(self, other: "_Quantized") -> None:
+        """Use the numbers of another module as one's own, as tied weights are used."""
+        assert (other.N, other.K) == (self.N, self.K)
+        assert self.format.stored_like(other.format)
+        self.values, self.scale, self.zero = other.values, other.scale, other.zero
+
+    def weight_bytes(self) -> int:
+        return sum(p.nbytes for p in (self.values, self.scale, self.zero) if p is not None)
+
+    def extra_repr(self) -> str:
+        return f"{self.N}, {self.K}, {self.format}"
+
+
+class QuantizedLinear(_Quantized):
+    """`model.layers.Linear` on quantized numbers [out_features, in_features], its bias as it was."""
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, N: int, K: int, format: Format, dtype: torch.dtype, bias: nn.Parameter | None = None
+    ) -> None:
+        super().__init__(N, K, format, dtype)
+        self.register_parameter("bias", bias)
+
+    def forward(
+        self,
+        x: Tensor,
+        norm: RMSNorm | None = None,
+        gate: str | None = None,
+        residual: Tensor | None = None,
+        multiplier: float = 1.0,
+    ) -> Tensor:
+        """residual + multiplier * gated(norm(x) @ weight.T + bias), as `model.layers.Linear.forward` describes it."""
+        form = self.format
+        if x.numel() == self.K and form.activation is None and ops.fused_usable(x, form.kind, form.bits):
+            fused = ops.fused_gemv_op if is_tracing() else ops.fused_gemv
+            y: Tensor = fused(
+                x.reshape(-1), self.values, self.scale, self.zero, None if norm is None else norm.weight, self.bias,
+                None if residual is None else residual.reshape(-1), gate,
+                0.0 if norm is None else norm.eps, norm is not None and norm.plus_one, multiplier,
+                form.bits, form.group_size,
+            )  # fmt: skip
+            return y.view(*x.shape[:-1], -1)
+        if norm is not None:
+            x = norm(x)
+        y = self._product(x.reshape(-1, self.K)).view(*x.shape[:-1], self.N)
+        if gate is not None:
+            activated, up = y.chunk(2, dim=-1)
+            y = ACTIVATIONS[gate](activated) * up
+        if multiplier != 1.0:
+            y = y * multiplier
+        return y if residual is None else residual + y
+
+    def _product(self, x_MK: Tensor) -> Tensor:
+        """x @ weight.T + bias, [M, N]."""
+        form = self.format
+        product = ops.quantized_linear_op if is_tracing() else ops.quantized_linear
+        if form.activation is None:
+            y: Tensor = product(
+                x_MK, self.values, self.scale, self.zero, self.bias, self.K, form.bits, form.group_size
+            )
+            return y
+        # Quantized inputs are few enough numbers for x's dtype to hold exactly: any product of ours takes them.
+        numbers, scale_M1 = activations.quantize(x_MK, form.activation)
+        y = product(numbers, self.values, self.scale, self.zero, None, self.K, form.bits, form.group_size)
+        y = (y.float() * scale_M1).to(x_MK.dtype)
+        return y if self.bias is None else y + self.bias
+
+
+class QuantizedEmbedding(_Quantized, Table):
+    """`model.layers.Embedding` on quantized numbers [num_embeddings, embedding_dim]: only the rows asked for are read."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: int64 of any shape. Returns [..., K] in the dtype of the scales."""
+        zero = None if self.zero is None else self.zero[ids]
+        form = self.format
+        return dequantize(
+            self.values[ids], self.scale[ids], zero, self.K, form.bits, form.group_size, self.scale.dtype
+        )

@@ -4,6 +4,7 @@ What is kept includes compiled code that is loaded again, so the directory must 
 write in it.
 """
 
+import hashlib
 import os
 import stat
 import sys
@@ -64,6 +65,24 @@ def atomic_write(path: Path, data: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def is_whole(path: Path) -> bool:
+    """Whether the file is as `keep` left it. Raises OSError for one that cannot be read."""
+    digest = path.with_suffix(".sha256").read_bytes()
+    return hashlib.sha256(path.read_bytes()).hexdigest().encode() == digest
+
+
+def keep(data: bytes, path: Path, most: int) -> None:
+    """Keep `data` as `path`, beside it its digest, and of all files of its kind there the `most` used last. Raises
+    OSError.
+    """
+    atomic_write(path, data)
+    atomic_write(path.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode())
+    kept = sorted(path.parent.glob(f"*{path.suffix}"), key=lambda other: other.stat().st_mtime)
+    for old in kept[:-most]:
+        old.unlink(missing_ok=True)
+        old.with_suffix(".sha256").unlink(missing_ok=True)
 
 
 def _make_private_dir(path: Path) -> None:

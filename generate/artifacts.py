@@ -6,14 +6,14 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from config.cache import atomic_write
+from config.cache import keep
+from config.compiler import cpu_flags, cxx_compiler
 from config.errors import UserError
 
 STEP_SOURCES = (
@@ -32,6 +32,13 @@ STEP_SOURCES = (
     "model/tracing.py",
     "model/transformer.py",
     "model/triton_kernels.py",
+    "quant/activations.py",
+    "quant/formats.py",
+    "quant/kernels.py",
+    "quant/modules.py",
+    "quant/ops.py",
+    "quant/packed.py",
+    "quant/triton_kernels.py",
 )
 """Our own code that decides what a compiled step computes. What reads a configuration is not in it: the configuration
 that came of it is in the key.
@@ -60,15 +67,13 @@ def environment_key(device: torch.device, *parts: str) -> str:
 
 def native_compiler() -> str:
     """The C++ compiler to use. Raises UserError where there is none."""
-    wanted = os.environ.get("CXX")
-    for name in [wanted] if wanted else ["g++", "clang++"]:
-        if found := shutil.which(name):
-            return found
-    what = f"CXX names {wanted}, which is not there" if wanted else "there is no g++ or clang++ here"
-    raise UserError(
-        f"compiling needs a C++ compiler, and {what}: install one (on Debian: g++), set CXX to one, or leave out "
-        "--compile and --compile-prefill"
-    )
+    try:
+        return cxx_compiler()
+    except FileNotFoundError as error:
+        raise UserError(
+            f"compiling needs a C++ compiler, and {error}: install one (on Debian: g++), set CXX to one, or leave out "
+            "--compile and --compile-prefill"
+        ) from error
 
 
 def check_can_compile(cache_dir: Path | None) -> None:
@@ -81,21 +86,9 @@ def kept_in(cache_dir: Path) -> Path:
     return cache_dir / "compiled"
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the file is as it was kept. Raises OSError for one that cannot be read."""
-    digest = path.with_suffix(".sha256").read_bytes()
-    return hashlib.sha256(path.read_bytes()).hexdigest().encode() == digest
-
-
-def keep(made: Path, path: Path) -> None:
+def keep_package(made: Path, path: Path) -> None:
     """Keep a copy of the file `made` as `path`, and of its neighbours those used last. Raises OSError."""
-    data = made.read_bytes()
-    atomic_write(path, data)
-    atomic_write(path.with_suffix(".sha256"), hashlib.sha256(data).hexdigest().encode())
-    kept = sorted(path.parent.glob("*.pt2"), key=lambda other: other.stat().st_mtime)
-    for old in kept[:-KEPT_PACKAGES]:
-        old.unlink(missing_ok=True)
-        old.with_suffix(".sha256").unlink(missing_ok=True)
+    keep(made.read_bytes(), path, KEPT_PACKAGES)
 
 
 def let_compilers_keep(cache_dir: Path | None) -> None:
@@ -132,16 +125,7 @@ def _device(device: torch.device) -> list[str]:
         properties = torch.cuda.get_device_properties(device)
         return ["cuda", properties.name, f"{properties.major}.{properties.minor}"]
     # The number of threads is written into the code that is made for the CPU.
-    return [device.type, torch.backends.cpu.get_cpu_capability(), _cpu_flags(), str(torch.get_num_threads())]
-
-
-@functools.cache
-def _cpu_flags() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return [device.type, torch.backends.cpu.get_cpu_capability(), cpu_flags(), str(torch.get_num_threads())]
 
 
 @functools.cache

@@ -15,10 +15,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from config.cache import is_whole
 from config.errors import UserError
 from config.settings import shorten
 from generate import step
-from generate.artifacts import environment_key, is_whole, keep, kept_in, let_compilers_keep, native_compiler
+from generate.artifacts import environment_key, keep_package, kept_in, let_compilers_keep, native_compiler
 from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Program
 from generate.sampling import RowParams, SamplingPlan
 from generate.stats import Ledger
@@ -189,7 +190,7 @@ class CompiledSteps:
         """The compiled `function`, out of the cache if it is there and whole."""
         device = inputs[0].device
         shapes = [(str(t.dtype), tuple(t.shape), t.stride()) for t in inputs]
-        key = environment_key(device, form, repr(self.model.config), repr(shapes))
+        key = environment_key(device, form, repr(self.model.config), repr(self.model), repr(shapes))
         kept = None if self.cache_dir is None else kept_in(self.cache_dir) / f"{key}.pt2"
         why = "nothing is kept here"
         if kept is not None:
@@ -215,7 +216,7 @@ class CompiledSteps:
 
     def _keep(self, path: Path, kept: Path) -> None:
         try:
-            keep(path, kept)
+            keep_package(path, kept)
         except OSError as error:
             self.report(f"what was compiled is not kept: {kept.parent}: {error.strerror}; the next run compiles again")
 

@@ -233,7 +233,7 @@ def test_what_does_not_load_is_compiled_again(tmp_path: Path, stand_in: StandIn)
     (path,) = kept_in(tmp_path).glob("*.pt2")
     made = tmp_path / "made"
     made.write_text("nothing known")
-    artifacts.keep(made, path)
+    artifacts.keep_package(made, path)
     assert kinds(prepared(tmp_path, prefill=False)) == ["damaged", "compiled in"]
 
 

@@ -26,9 +26,12 @@ from model.config import ModelConfig, from_hf, load_config
 from model.device import DeviceChoice, DtypeChoice, resolve_device, resolve_dtype
 from model.kv_cache import KVCache
 from model.layers import RMSNorm
-from model.loader import load_weights
+from model.loader import Source, TakeWeight, fill_parameters, load_weights
 from model.tokenizer import Tokenizer, load_tokenizer
 from model.transformer import Transformer
+from quant.apply import QuantizeOnLoad
+from quant.plan import Plan, make_plan
+from quant.recipe import read_recipe
 
 DEFAULT_CONTEXT = 4096
 """Positions of the cache when nobody says how many: enough for most, and no surprise in memory."""
@@ -54,6 +57,8 @@ class Prepared:
     sampling: SamplingParams
     """What the model's generation_config.json recommends, over our defaults."""
     ledger: Ledger
+    plan: Plan | None = None
+    """What is quantized how; None: nothing is."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,24 @@ def prepare(settings: BuildSettings) -> Prepared:
             tokenizer = load_tokenizer(model.path, config)
             template = load_chat_template(model.path, tokenizer)
             sampling = _recommended_sampling(model.path)
-    return Prepared(settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger)
+        plan = _plan(settings, config, device, dtype)
+    return Prepared(
+        settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger, plan
+    )
+
+
+def _plan(settings: BuildSettings, config: ModelConfig, device: DeviceChoice, dtype: DtypeChoice) -> Plan | None:
+    if settings.quantize is None:
+        return None
+    recipe = read_recipe(settings.quantize, settings.quantize_source or "--quantize")
+    return make_plan(
+        meta_model(config),
+        recipe,
+        device_type=device.device.type,
+        dtype_name=dtype.name,
+        compiled=settings.compile or settings.compile_prefill,
+        compute_capability=torch.cuda.get_device_capability(device.device) if device.device.type == "cuda" else None,
+    )
 
 
 def context_length(prepared: Prepared, wanted: int = 0) -> int:
@@ -154,45 +176,90 @@ def make_engine(prepared: Prepared, model: Transformer, max_seq_len: int, keep_i
     )
 
 
-def fill_random(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Gives every parameter of a model on the meta device small random values, the same each time: norms pass through,
-    matrices and tables are N(0, 0.02). A short pattern is repeated, so that it takes no longer than writing the memory.
+@dataclass(frozen=True)
+class RandomParameter:
+    """A parameter of N(0, 0.02), the same each time; a norm's passes through what it is given. A short pattern is
+    repeated, so that it takes no longer than writing the memory.
     """
+
+    pattern: torch.Tensor
+    shape: torch.Size
+    value: float | None
+    """Of all its numbers, in place of the pattern."""
+
+    def whole(self) -> torch.Tensor:
+        return next(self.blocks(self.shape[0]))
+
+    def blocks(self, rows: int) -> Iterator[torch.Tensor]:
+        row = self.shape[1:].numel()
+        for start in range(0, self.shape[0], rows):
+            stop = min(self.shape[0], start + rows)
+            block = self.pattern.new_empty((stop - start, *self.shape[1:]))
+            yield block.fill_(self.value) if self.value is not None else self._repeat(block, start * row)
+
+    def _repeat(self, block: torch.Tensor, at: int) -> torch.Tensor:
+        flat, period = block.view(-1), len(self.pattern)
+        done = 0
+        while done < len(flat):
+            begin = (at + done) % period
+            count = min(len(flat) - done, period - begin)
+            flat[done : done + count] = self.pattern[begin : begin + count]
+            done += count
+        return block
+
+
+def fill_random(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, take: TakeWeight | None = None
+) -> None:
+    """Gives every parameter of a model on the meta device small random values, the same each time."""
     generator = torch.Generator().manual_seed(0)
     pattern = (torch.randn(RANDOM_PERIOD, generator=generator) * RANDOM_STD).to(device, dtype)
-    done: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, meta in list(module.named_parameters(recurse=False)):
-            if id(meta) not in done:
-                if isinstance(module, RMSNorm):
-                    value = torch.full(meta.shape, 0.0 if module.plus_one else 1.0, device=device, dtype=dtype)
-                else:
-                    value = _repeated(pattern, meta.shape)
-                done[id(meta)] = nn.Parameter(value, requires_grad=False)
-            setattr(module, name, done[id(meta)])
+    norms = {
+        id(parameter): 0.0 if module.plus_one else 1.0
+        for module in model.modules()
+        if isinstance(module, RMSNorm)
+        for parameter in module.parameters(recurse=False)
+    }
 
+    def source(name: str, meta: nn.Parameter) -> RandomParameter:
+        return RandomParameter(pattern, meta.shape, norms.get(id(meta)))
 
-def _repeated(pattern: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    result = torch.empty(shape, device=pattern.device, dtype=pattern.dtype)
-    flat = result.view(-1)
-    whole = flat.numel() // len(pattern) * len(pattern)
-    flat[:whole].view(-1, len(pattern)).copy_(pattern.expand(whole // len(pattern), -1))
-    flat[whole:].copy_(pattern[: flat.numel() - whole])
-    return result
+    fill_parameters(model, source, take=take)
 
 
 def _load(prepared: Prepared) -> Transformer:
     device, dtype = prepared.device.device, prepared.dtype.dtype
-    with torch.device("meta"):
-        model = Transformer(prepared.config).eval()
-    if prepared.settings.random_weights:
-        fill_random(model, device, dtype)
-        return model
-    assert prepared.path is not None
-    sizes = {name: parameter.numel() * dtype.itemsize for name, parameter in model.named_parameters()}
-    with Progress(f"loading {prepared.name}", sum(sizes.values()), in_bytes=True) as progress:
-        load_weights(model, prepared.path, device, dtype, on_tensor=lambda name: progress.advance(sizes[name]))
+    model = meta_model(prepared.config)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(sizes.values()) * dtype.itemsize
+    doing = "loading" if prepared.plan is None else "loading and quantizing"
+    with Progress(f"{doing} {prepared.name}", total, in_bytes=True) as progress:
+        take = None
+        if prepared.plan is not None:
+
+            def count(numbers: int) -> None:
+                progress.advance(numbers * dtype.itemsize)
+
+            quantize = QuantizeOnLoad(model, prepared.plan, device, dtype, count)
+
+            def take(name: str, module: nn.Module, source: Source) -> bool:
+                with prepared.ledger.phase("quantize"):
+                    return quantize(name, module, source)
+
+        if prepared.settings.random_weights:
+            fill_random(model, device, dtype, take)
+        else:
+            assert prepared.path is not None
+            load_weights(
+                model, prepared.path, device, dtype, lambda name: progress.advance(sizes[name] * dtype.itemsize), take
+            )
     return model
+
+
+def meta_model(config: ModelConfig) -> Transformer:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return Transformer(config).eval()
 
 
 @contextmanager

@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import nn
 
+from model.layers import Table
+
 Phase = Literal["load", "quantize", "compile"]
 
 
@@ -73,13 +75,10 @@ class Ledger:
 
 
 def weight_bytes_per_token(model: nn.Module) -> int:
-    """Bytes of weights that one decode step reads: every parameter once, but one row of an embedding table that is not
-    also the output layer's weight.
+    """Bytes of weights that one decode step reads: every parameter once, but one row of a table that is not also the
+    output layer's.
     """
-    tables = {id(module.weight): module for module in model.modules() if isinstance(module, nn.Embedding)}
-    shared = {id(p) for m in model.modules() if not isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    total = 0
-    for parameter in model.parameters():
-        read_whole = id(parameter) not in tables or id(parameter) in shared
-        total += parameter.nbytes if read_whole else parameter[0].nbytes
-    return total
+    tables = {id(p) for m in model.modules() if isinstance(m, Table) for p in m.parameters(recurse=False)}
+    others = {id(p) for m in model.modules() if not isinstance(m, Table) for p in m.parameters(recurse=False)}
+    parameters = list(model.parameters())
+    return sum((p if id(p) in others or id(p) not in tables else p[0]).nbytes for p in parameters)

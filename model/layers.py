@@ -36,7 +36,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-class Embedding(nn.Embedding):
+class Table(nn.Module):
+    """Parameters of which a step reads the rows that it needs, one a token, and not all."""
+
+
+class Embedding(nn.Embedding, Table):
     """`nn.Embedding` that is filled from a file."""
 
     def reset_parameters(self) -> None:

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,59 +33,109 @@ class _Piece:
     interleaved_heads: int
 
 
+class Source(Protocol):
+    """Where a parameter comes from: whole, or a part of its rows after the other, on the device and in the dtype that
+    it is for.
+    """
+
+    def whole(self) -> Tensor: ...
+
+    def blocks(self, rows: int) -> Iterator[Tensor]: ...
+
+
+TakeWeight = Callable[[str, nn.Module, Source], bool]
+"""(name of a module, the module, its weight): True if the weight is taken care of and is not to be loaded."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A parameter in a checkpoint."""
+
+    shape: torch.Size
+    pieces: tuple[_Piece, ...]
+    device: torch.device
+    dtype: torch.dtype
+
+    def whole(self) -> Tensor:
+        return next(self.blocks(self.shape[0]))
+
+    def blocks(self, rows: int) -> Iterator[Tensor]:
+        # Opened once for all blocks, and let go with the last.
+        opened = [(piece, piece.stored.read()) for piece in self.pieces] if len(self.pieces) == 1 else None
+        for start in range(0, self.shape[0], rows):
+            stop = min(self.shape[0], start + rows)
+            block = torch.empty((stop - start, *self.shape[1:]), dtype=self.dtype, device=self.device)
+            for piece in self.pieces:
+                low, high = max(start, piece.rows.start), min(stop, piece.rows.stop)
+                if low >= high:
+                    continue
+                stored = opened[0][1] if opened else piece.stored.read()
+                target = block[low - start : high - start]
+                if target.dim() > 1:
+                    target = target[:, piece.columns]
+                target.copy_(_rows(piece, stored, low - piece.rows.start, high - piece.rows.start))
+                del stored
+            yield block
+
+
+def _rows(piece: _Piece, stored: Tensor, start: int, stop: int) -> Tensor:
+    """Rows of a piece, in our order."""
+    if not piece.interleaved_heads:
+        return stored[start:stop]
+    # Meta rotates neighbouring rows of a head, (0, 1), (2, 3), …; we its halves, (0, d/2), (1, d/2 + 1), ….
+    size = (piece.rows.stop - piece.rows.start) // piece.interleaved_heads
+    row = torch.arange(start, stop)
+    head, within = row // size, row % size
+    return stored[head * size + within % (size // 2) * 2 + within // (size // 2)]
+
+
 def load_weights(
     model: Transformer,
     path: Path,
     device: torch.device,
     dtype: torch.dtype,
     on_tensor: Callable[[str], None] | None = None,
-    on_module: Callable[[str, nn.Module], None] | None = None,
+    take: TakeWeight | None = None,
 ) -> None:
     """Fills `model`, which is on the meta device, from the checkpoint at `path`, a directory or a file.
 
     Parameters become `dtype` on `device`, without gradients, in the order of `model.named_modules()`. `on_tensor` hears
-    the name of each as it is there; `on_module` hears of each module as its own parameters are, and may change them.
-    Raises UserError, naming file and tensor, when anything is missing, cut short, of another shape, or left over.
+    the name of each as it is there; `take` is offered each module's weight before it is loaded. Raises UserError,
+    naming file and tensor, when anything is missing, cut short, of another shape, or left over.
     """
     tensors = open_checkpoint(find_checkpoint(path))
     plan = _plan(model, path, tensors)
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    tied: dict[int, nn.Parameter] = {}
+    fill_parameters(
+        model, lambda name, meta: _Stored(meta.shape, plan[name], device, dtype), on_tensor=on_tensor, take=take
+    )
 
-    def load(module: nn.Module, name: str, full_name: str, meta: nn.Parameter) -> None:
-        if (parameter := tied.get(id(meta))) is None:
-            filled = _fill(meta.shape, plan[full_name], device, dtype)
-            parameter = nn.Parameter(filled, requires_grad=False)
-            # Only the module holds what is not tied: `on_module` may put something smaller in its place.
-            if owners[id(meta)] > 1:
-                tied[id(meta)] = parameter
-            if on_tensor is not None:
-                on_tensor(full_name)
-        setattr(module, name, parameter)
 
+def fill_parameters(
+    model: nn.Module,
+    source_of: Callable[[str, nn.Parameter], Source],
+    on_tensor: Callable[[str], None] | None = None,
+    take: TakeWeight | None = None,
+) -> None:
+    """Gives every parameter of a model on the meta device its values, one after the other; `load_weights` without a
+    checkpoint. A weight that several modules share is loaded once, and is the same for those that do not `take` it.
+    """
+    names = {id(parameter): name for name, parameter in reversed(list(model.named_parameters(remove_duplicate=False)))}
+    loaded: dict[int, nn.Parameter] = {}
+    shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     for module_name, module in list(model.named_modules()):
-        own = list(module.named_parameters(recurse=False))
-        for name, meta in own:
-            load(module, name, f"{module_name}.{name}", meta)
-        if own and on_module is not None:
-            on_module(module_name, module)
-
-
-def _fill(shape: torch.Size, pieces: tuple[_Piece, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A parameter on the device, from its pieces; each is converted as it is copied and let go."""
-    parameter = torch.empty(shape, dtype=dtype, device=device)
-    for piece in pieces:
-        target, source = parameter[piece.rows], piece.stored.read()
-        if target.dim() > 1:
-            target = target[:, piece.columns]
-        if piece.interleaved_heads:
-            # Meta rotates neighbouring rows of a head, (0, 1), (2, 3), …; we its halves, (0, d/2), (1, d/2 + 1), ….
-            half = target.shape[0] // piece.interleaved_heads // 2
-            target = target.view(piece.interleaved_heads, 2, half, *target.shape[1:])
-            source = source.reshape(piece.interleaved_heads, half, 2, *source.shape[1:]).transpose(1, 2)
-        target.copy_(source)
-        del source
-    return parameter
+        # The weight last: whoever takes it may need the bias.
+        for name, meta in sorted(module.named_parameters(recurse=False), key=lambda item: item[0] == "weight"):
+            full_name = names[id(meta)]
+            source = source_of(full_name, meta)
+            if name == "weight" and take is not None and take(module_name, module, source):
+                continue
+            if (parameter := loaded.get(id(meta))) is None:
+                parameter = nn.Parameter(source.whole(), requires_grad=False)
+                if shared[id(meta)] > 1:
+                    loaded[id(meta)] = parameter
+                if on_tensor is not None:
+                    on_tensor(full_name)
+            setattr(module, name, parameter)
 
 
 def _plan(model: Transformer, path: Path, tensors: StoredTensors) -> dict[str, tuple[_Piece, ...]]:

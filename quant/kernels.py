@@ -1,4 +1,4 @@
-"""Our CUDA kernels for quantized weights: how they are launched. Knows tensors; `quant.ops` says when they are taken."""
+"""Our CUDA kernels for quantized weights: how they are launched. Knows tensors; `quant.ops` says when to take them."""
 
 import functools
 from typing import Any

@@ -19,30 +19,25 @@ class _Quantized(nn.Module):
     scale: nn.Parameter
     zero: nn.Parameter | None
 
-    def __init__(self, N: int, K: int, format: Format, dtype: torch.dtype) -> None:
-        """dtype: of the scales. Uninitialized memory, or none on the meta device: whoever makes it fills it."""
+    def __init__(self, N: int, K: int, format: Format, dtype: torch.dtype, device: torch.device) -> None:
+        """dtype: of the scales. What is in the memory is for whoever makes this to say; on the meta device is none."""
         super().__init__()
         self.N, self.K, self.format = N, K, format
-        if format.kind == "fp8":
-            values = torch.empty(N, K, dtype=torch.float8_e4m3fn)
-        elif format.bits == 8:
-            values = torch.empty(N, K, dtype=torch.int8)
-        else:
-            values = torch.empty(N, format.padded_width(K) * format.bits // 8, dtype=torch.uint8)
-        groups = format.groups(K)
-        self.values = nn.Parameter(values, requires_grad=False)
-        self.scale = nn.Parameter(torch.empty(N, groups, dtype=dtype), requires_grad=False)
-        zero = nn.Parameter(torch.empty(N, groups, dtype=torch.int8), requires_grad=False) if format.has_zero else None
-        self.register_parameter("zero", zero)
+        container = torch.uint8 if format.bits < 8 else torch.float8_e4m3fn if format.kind == "fp8" else torch.int8
 
-    def share(self, other: "_Quantized") -> None:
+        def parameter(width: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(N, width, dtype=dtype, device=device), requires_grad=False)
+
+        self.values = parameter(format.padded_width(K) * format.bits // 8, container)
+        self.scale = parameter(format.groups(K), dtype)
+        self.register_parameter("zero", parameter(format.groups(K), torch.int8) if format.has_zero else None)
+
+    def share(self, other: nn.Module) -> None:
         """Use the numbers of another module as one's own, as tied weights are used."""
+        assert isinstance(other, _Quantized)
         assert (other.N, other.K) == (self.N, self.K)
         assert self.format.stored_like(other.format)
         self.values, self.scale, self.zero = other.values, other.scale, other.zero
-
-    def weight_bytes(self) -> int:
-        return sum(p.nbytes for p in (self.values, self.scale, self.zero) if p is not None)
 
     def extra_repr(self) -> str:
         return f"{self.N}, {self.K}, {self.format}"
@@ -53,11 +48,9 @@ class QuantizedLinear(_Quantized):
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self, N: int, K: int, format: Format, dtype: torch.dtype, bias: nn.Parameter | None = None
-    ) -> None:
-        super().__init__(N, K, format, dtype)
-        self.register_parameter("bias", bias)
+    def __init__(self, N: int, K: int, format: Format, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(N, K, format, dtype, device)
+        self.register_parameter("bias", None)
 
     def forward(
         self,
@@ -105,7 +98,7 @@ class QuantizedLinear(_Quantized):
 
 
 class QuantizedEmbedding(_Quantized, Table):
-    """`model.layers.Embedding` on quantized numbers [num_embeddings, embedding_dim]: only the rows asked for are read."""
+    """`model.layers.Embedding` on quantized numbers [num_embeddings, embedding_dim]: only rows asked for are read."""
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: int64 of any shape. Returns [..., K] in the dtype of the scales."""

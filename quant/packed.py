@@ -35,7 +35,7 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 
 def unpack(values: Tensor, K: int, bits: int) -> Tensor:
     """The inverse of `pack`, of rows of any shape: uint8 [..., blocks * 64] -> int8 [..., K]."""
-    packed = values.unflatten(-1, (-1, WORDS, 2)).transpose(-1, -2)  # [.., block, byte of the word, word]
+    packed = values.view(*values.shape[:-1], -1, WORDS, 2).transpose(-1, -2)  # [.., block, byte of the word, word]
     mask = (1 << bits) - 1
     codes = torch.stack([packed >> (bits * j) & mask for j in range(8 // bits)], dim=-2)
     return (codes.flatten(-4)[..., :K].to(torch.int8) - (1 << (bits - 1))).contiguous()
@@ -49,7 +49,7 @@ def dequantize(
     size = group_size or K
     if K % size:
         numbers = F.pad(numbers, (0, -K % size))
-    grouped = numbers.unflatten(-1, (-1, size))
+    grouped = numbers.view(*numbers.shape[:-1], -1, size)
     if zero is not None:
         grouped = grouped - zero.to(dtype).unsqueeze(-1)
     return (grouped * scale.to(dtype).unsqueeze(-1)).flatten(-2)[..., :K]

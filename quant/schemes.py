@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 MAX_GROUP = 65536
 
-INT4 = {"zeros": False, "algorithm": "affine"}
+INT4 = {"zeros": False, "algorithm": "hqq_scale_only"}
 """How 4-bit weights are chosen: with zero points or not; torchao's "affine", or "hqq_scale_only" (slower, closer)."""
 
 
@@ -174,7 +174,7 @@ SCHEMES: dict[str, Scheme] = {
     ),
     "linear:int4": Scheme(
         "linear",
-        "4-bit weights: a quarter of the size, the fastest",
+        "4-bit weights: little more than a quarter of the size",
         (4,),
         _intx,
         groups=Groups(only=(32, 64, 128, 256)),

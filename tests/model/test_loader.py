@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from config.errors import UserError
 from model.checkpoint import find_checkpoint
 from model.config import ModelConfig
-from model.loader import load_weights
+from model.loader import Source, load_weights
 from model.transformer import Transformer
 from tests.model.checkpoint_formats import (
     CONFIG,
@@ -143,38 +143,40 @@ def test_safetensors_win_over_other_formats(tmp_path: Path) -> None:
     assert torch.equal(load(CONFIG, tmp_path)["norm.weight"], state["model.norm.weight"])
 
 
-def test_callbacks_hear_of_each_tensor_and_each_complete_module(tmp_path: Path) -> None:
+def test_each_tensor_is_heard_of_once_and_the_weight_of_a_module_comes_last(tmp_path: Path) -> None:
     config = replace(CONFIG, tie_word_embeddings=True, qkv_bias=True)
     model = meta_model(config)
     tensors: list[str] = []
-    modules: list[str] = []
+    offered: list[str] = []
 
-    def on_module(name: str, module: nn.Module) -> None:
-        assert not any(parameter.is_meta for parameter in module.parameters(recurse=False))
-        modules.append(name)
+    def take(name: str, module: nn.Module, source: Source) -> bool:
+        others = [p for key, p in module.named_parameters(recurse=False) if key != "weight"]
+        assert not any(parameter.is_meta for parameter in others)
+        offered.append(name)
+        return False
 
     path = write_safetensors(tmp_path, hf_state(config), config)
-    load_weights(model, path, CPU, torch.float32, tensors.append, on_module)
+    load_weights(model, path, CPU, torch.float32, tensors.append, take)
     assert sorted(tensors) == sorted(name for name, _ in model.named_parameters())
-    expected = [name for name, m in model.named_modules() if list(m.parameters(recurse=False))]
-    assert modules == expected
+    assert offered == [name for name, m in model.named_modules() if "weight" in dict(m.named_parameters(recurse=False))]
 
 
-def test_a_module_may_be_replaced_as_soon_as_it_is_there(tmp_path: Path) -> None:
-    """What `on_module` throws away is gone: nothing else keeps the large tensor."""
-    import weakref
+@pytest.mark.parametrize("rows", [1, 3, 1000])
+@pytest.mark.parametrize("format_", WRITERS)
+def test_a_weight_taken_by_rows_is_the_whole_weight(tmp_path: Path, rows: int, format_: str) -> None:
+    """Fused, and permuted as Meta's are: some rows at a time are the rows of the whole."""
+    path = WRITERS[format_](tmp_path, hf_state(CONFIG), CONFIG)
+    expected = load(CONFIG, path)
+    taken: dict[str, Tensor] = {}
+
+    def take(name: str, module: nn.Module, source: Source) -> bool:
+        taken[f"{name}.weight"] = torch.cat(list(source.blocks(rows)))
+        return True
 
     model = meta_model(CONFIG)
-    alive: list[weakref.ref[Tensor]] = []
-
-    def shrink(name: str, module: nn.Module) -> None:
-        assert sum(ref() is not None for ref in alive) <= 1
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            alive.append(weakref.ref(parameter))
-            setattr(module, key, nn.Parameter(torch.zeros(1), requires_grad=False))
-
-    load_weights(model, write_safetensors(tmp_path, hf_state(CONFIG), CONFIG), CPU, torch.float32, on_module=shrink)
-    assert sum(ref() is not None for ref in alive) == 0
+    load_weights(model, path, CPU, torch.float32, take=take)
+    assert all(torch.equal(weight, expected[name]) for name, weight in taken.items())
+    assert sum(p.is_meta for p in model.parameters()) == len(taken) > 10
 
 
 def test_a_directory_with_one_llama2c_file_is_that_file(tmp_path: Path) -> None:
@@ -347,7 +349,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from tests.model.checkpoint_formats import big_config
 from tests.model.test_loader import CPU, meta_model
-from model.loader import load_weights
+from model.loader import Source, load_weights
 def anonymous():
     return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
 model = meta_model(big_config())

@@ -1,7 +1,7 @@
 # Needs Python 3.10+ and make, nothing else: the first target that needs the environment makes it in .venv.
 #   make demo    a story written by the built-in model        make test    lint, types and all tests
 #   make lint    ruff and mypy                                make bench   measure this machine
-#   make docs    write docs/commands.md anew from the code    make clean   remove the environment and all caches of tools
+#   make docs    write the tables of docs/ from the code      make clean   remove the environment and all caches of tools
 # PYTHON=python3.12 chooses the interpreter. pip's own variables (PIP_INDEX_URL, …) are honoured.
 
 PYTHON ?= python3

@@ -12,10 +12,10 @@ from difflib import get_close_matches
 from typing import Any, NoReturn
 
 from cli.console import warn
-from cli.recipe import Recipe, read_recipe
 from config.errors import UserError
 from config.registry import DEFAULT_MODEL
 from config.settings import DEVICES, DTYPES, MAX_COUNT, BuildSettings, SamplingParams, Setting, one_of, shorten
+from quant.recipe import READY_MADE, read_recipe
 
 ENVIRONMENT = {
     "model": "TORCHCHAT_MODEL",
@@ -118,9 +118,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--quantize",
-        metavar="FILE|JSON",
-        help='a recipe; this version takes {"precision": {"dtype": …}, "executor": {"accelerator": …}} from it and '
-        "refuses any quantization",
+        metavar="NAME|FILE|JSON",
+        help=f"a recipe for smaller weights: {', '.join(READY_MADE)}, a JSON file, or the JSON itself, such as "
+        """'{"linear:int8": {}}' (see docs/quantization.md)""",
     )
     group.add_argument(
         "--max-seq-len",
@@ -167,9 +167,11 @@ def build_settings(
     """
     _check_variables(environ, say)
     quantize = _pick("quantize", args, environ, say)
-    recipe = read_recipe(quantize.value, quantize.source) if quantize else Recipe(None, None)
-    device = _pick("device", args, environ, say, recipe.device, DEVICES) or Setting("fast")
-    dtype = _pick("dtype", args, environ, say, recipe.dtype, DTYPES) or Setting("fast")
+    recipe = read_recipe(quantize.value, quantize.source, say) if quantize else None
+    if recipe and not (recipe.entries or recipe.dtype or recipe.device):
+        say(f"{recipe.name}: the recipe is empty: nothing is quantized")
+    device = _pick("device", args, environ, say, recipe.device if recipe else None, DEVICES) or Setting("fast")
+    dtype = _pick("dtype", args, environ, say, recipe.dtype if recipe else None, DTYPES) or Setting("fast")
     model = _pick("model", args, environ, say) or Setting(DEFAULT_MODEL)
     max_seq_len = _pick("max_seq_len", args, environ, say)
     return BuildSettings(
@@ -178,6 +180,8 @@ def build_settings(
         dtype=dtype,
         compile=_switch("compile", args, environ, say),
         compile_prefill=_switch("compile_prefill", args, environ, say),
+        quantize=recipe.text if recipe and recipe.entries else None,
+        quantize_source=recipe.name if recipe and recipe.entries else None,
         max_seq_len=_count(max_seq_len) if max_seq_len else None,
     )
 

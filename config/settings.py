@@ -33,7 +33,9 @@ class BuildSettings:
     compile: bool = False
     compile_prefill: bool = False
     quantize: str | None = None
-    """The quantization recipe as JSON text, read and checked to be an object; None when none was asked for."""
+    """The quantization recipe as JSON text, checked, with every default written out; None: nothing is quantized."""
+    quantize_source: str | None = None
+    """Where the recipe came from, which is how errors about it begin: "--quantize cpu"."""
     max_seq_len: int | None = None
     """Positions in the KV cache (prompt and answer together); None for what the model and the memory allow."""
     max_num_seqs: int = 1

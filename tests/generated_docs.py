@@ -1,8 +1,9 @@
-"""The parts of docs/commands.md that come from the code: flags and known models. `python -m tests.generated_docs`
-writes them; a test says when that is due. Knows Markdown and parsers, runs nothing.
+"""The parts of the documentation that come from the code: flags, known models, schemes of quantization. `python -m
+tests.generated_docs` writes them; a test says when that is due. Knows Markdown and parsers, runs nothing.
 """
 
 import argparse
+import json
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -12,8 +13,10 @@ from pathlib import Path
 from cli.main import COMMANDS
 from cli.options import Parser, add_model_arguments
 from config.registry import entries
+from quant.recipe import READY_MADE, read_recipe
+from quant.schemes import PLACES, REFUSED, SCHEMES, Arguments, Scheme, level
 
-PAGE = Path(__file__).parent.parent / "docs" / "commands.md"
+DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"(<!-- from the code: (.+?) -->\n).*?(<!-- end -->)", flags=re.DOTALL)
 
 
@@ -55,17 +58,70 @@ def models() -> str:
     return table(("name", "also", "what it is", "id on Hugging Face"), rows)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {
-    "models": models,
-    "shared flags": shared_flags,
-    **{f"flags of {name}": partial(own_flags, name) for name in COMMANDS},
+def recipes() -> str:
+    rows = [(f"`{name}`", f"`{json.dumps(json.loads(file.read_text()))}`") for name, file in READY_MADE.items()]
+    return table(("name", "recipe"), rows)
+
+
+def schemes() -> str:
+    rows = [(f"`{key}`", _arguments(scheme), _bits(key, scheme), scheme.summary) for key, scheme in SCHEMES.items()]
+    return table(("key", "arguments (default)", "bits a weight", "what it is"), rows)
+
+
+def _arguments(scheme: Scheme) -> str:
+    parts = []
+    bits = scheme.default_bits or scheme.bits[0]
+    if len(scheme.bits) > 1:
+        between = " to " if len(scheme.bits) > 2 else " or "
+        parts.append(f"`bitwidth` {scheme.bits[0]}{between}{scheme.bits[-1]} ({bits})")
+    if scheme.groups is not None:
+        default = scheme.groups.default(bits) or scheme.groups.whole_row
+        parts.append(f"`groupsize` {scheme.groups.describe()} ({default})")
+    if scheme.has_weight_zeros is None:
+        parts.append("`has_weight_zeros` true or false (false)")
+    return "; ".join(parts)
+
+
+def _bits(key: str, scheme: Scheme) -> str:
+    """Of a weight with long rows and 16-bit scales, with the default arguments."""
+    (entry,) = read_recipe(json.dumps({key: {}}), "").entries
+    return f"{scheme.format(entry.args).nbytes(1, 2**20, 2) * 8 / 2**20:.4g}"
+
+
+def support() -> str:
+    rows = [(f"`{key}`", *(_support(key, scheme, place) for place in PLACES)) for key, scheme in SCHEMES.items()]
+    return table(("key", *PLACES.values()), rows)
+
+
+def _support(key: str, scheme: Scheme, place: str) -> str:
+    refusal = REFUSED.get((key, place))
+    if refusal is not None and not refusal.compiled:
+        return f"no: `{refusal.nearest}` is the nearest"
+    fast = [bits for bits in scheme.bits if level(key, scheme.format(Arguments(bits, 0)), place) == "fast"]
+    eager = ", not compiled" if refusal is not None else ""
+    if not fast:
+        return f"PyTorch{eager}"
+    few = "" if fast == list(scheme.bits) else f" for {fast[0]} to {fast[-1]} bits, else PyTorch"
+    return f"kernel{few}{eager}"
+
+
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    DOCS / "commands.md": {
+        "models": models,
+        "shared flags": shared_flags,
+        **{f"flags of {name}": partial(own_flags, name) for name in COMMANDS},
+    },
+    DOCS / "quantization.md": {"recipes": recipes, "schemes": schemes, "support": support},
 }
+"""Each page that has such parts, and what writes them, in their order."""
 
 
-def generated(page: str) -> str:
+def generated(page: Path) -> str:
     """The page with each block as the code has it."""
-    return BLOCK.sub(lambda found: found[1] + BLOCKS[found[2]]() + found[3], page)
+    blocks = PAGES[page]
+    return BLOCK.sub(lambda found: found[1] + blocks[found[2]]() + found[3], page.read_text())
 
 
 if __name__ == "__main__":
-    PAGE.write_text(generated(PAGE.read_text()))
+    for page in PAGES:
+        page.write_text(generated(page))

@@ -14,7 +14,8 @@ import pytest
 from cli.main import COMMANDS
 from cli.options import ENVIRONMENT, Parser
 from model import config_hf
-from tests.generated_docs import BLOCK, BLOCKS, PAGE, generated, own_flags, shared_flags
+from tests.generated_docs import BLOCK, generated, own_flags, shared_flags
+from tests.generated_docs import PAGES as GENERATED
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
@@ -32,10 +33,11 @@ def section(page: str, title: str) -> str:
     ]
 
 
-def test_the_commands_are_as_the_code_has_them():
-    page = PAGE.read_text()
-    assert [found[1] for found in BLOCK.findall(page)] == list(BLOCKS)
-    assert page == generated(page), "make docs"
+@pytest.mark.parametrize("page", GENERATED, ids=lambda page: page.name)
+def test_what_the_code_writes_is_as_the_code_has_it(page):
+    text = page.read_text()
+    assert [found[1] for found in BLOCK.findall(text)] == list(GENERATED[page])
+    assert text == generated(page), "make docs"
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -74,35 +76,58 @@ def test_links_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def runnable_blocks() -> list[str]:
-    """The README's sh blocks, but for those under a comment that says why not."""
-    found = re.findall(r"(<!-- not run: .+? -->\n)?```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    return [block for excused, block in found if not excused]
+def runnable_blocks(page: str) -> list[tuple[str, str]]:
+    """A page's sh blocks with the comment above them; without those whose comment says why they are not run."""
+    found = re.findall(r"(?:<!-- ([^\n]+) -->\n)?```sh\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
+    return [(comment, block) for comment, block in found if not comment.startswith("not run: ")]
 
 
-@pytest.mark.slow  # a process for each command, as a person starts them: a few seconds each
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_the_commands_of_the_readme_run(tmp_path):
-    (program := tmp_path / "bin" / "torchchat").parent.mkdir()
+def run_as_a_person(block: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    (program := directory / "bin" / "torchchat").parent.mkdir(exist_ok=True)
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{ROOT / "torchchat.py"}" "$@"\n')
     program.chmod(0o755)
     environ = os.environ | {
         "PATH": f"{program.parent}:{os.environ['PATH']}",
-        "TORCHCHAT_CACHE_DIR": str(tmp_path / "c"),
+        "TORCHCHAT_CACHE_DIR": str(directory / "c"),
     }
-    blocks = runnable_blocks()
-    assert any("generate" in block for block in blocks)
-    for block in blocks:
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block],
-            cwd=tmp_path,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+    return subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", block],
+        cwd=directory,
+        env=environ,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# Slow: a process for each command, as a person starts them, a few seconds each.
+needs_a_shell = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+
+
+@pytest.mark.slow
+@needs_a_shell
+def test_the_commands_of_the_readme_run(tmp_path):
+    blocks = runnable_blocks("README.md")
+    assert any("generate" in block for _, block in blocks)
+    for _, block in blocks:
+        done = run_as_a_person(block, tmp_path)
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         assert done.stdout.startswith("Once upon a time, a fox")
     assert len(json.loads((tmp_path / "stories.json").read_text())["samples"]) == 2
+
+
+@pytest.mark.slow
+@needs_a_shell
+@pytest.mark.parametrize(("comment", "block"), runnable_blocks("docs/quantization.md"))
+def test_the_commands_about_quantization_run(comment, block, tmp_path):
+    done = run_as_a_person(block, tmp_path)
+    assert "Traceback" not in done.stderr
+    if comment == "fails":
+        assert done.returncode == 2
+        assert f"    {done.stderr}" in (ROOT / "docs/quantization.md").read_text()
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("Once upon a time")
+        assert "· quantized" in done.stderr

@@ -430,7 +430,7 @@ def assert_refused(done: Done, *words: str) -> None:
         (("--prompt", "x", "--num-samples", "0"), ("--num-samples",)),
         (("--prompt", "x", "--seed", "-1"), ("seed must be",)),
         (("--prompt", "x", "--stop", ""), ("stop takes",)),
-        (("--prompt", "x", "--quantize", '{"linear:int4": {}}'), ("--quantize", "linear:int4")),
+        (("--prompt", "x", "--quantize", '{"linear:in4": {}}'), ("--quantize", 'nearest is "linear:int4"')),
         (("--prompt", "x", "--compile-prefil"), ("did you mean '--compile-prefill'?",)),
         (("--prompt", "a\udc80b"), ("--prompt", "UTF-8")),
     ],

@@ -146,7 +146,9 @@ def test_a_variable_with_a_typing_mistake_is_told():
         ([], {"TORCHCHAT_COMPILE": "perhaps"}, "TORCHCHAT_COMPILE must be one of"),
         ([], {"TORCHCHAT_MAX_SEQ_LEN": "0"}, "TORCHCHAT_MAX_SEQ_LEN must be a whole number"),
         (["--max-seq-len", "-4"], {}, "--max-seq-len: must be a whole number"),
-        ([], {"TORCHCHAT_QUANTIZE": '{"a": 1}'}, "TORCHCHAT_QUANTIZE: quantization is not built"),
+        ([], {"TORCHCHAT_QUANTIZE": '{"a": 1}'}, 'TORCHCHAT_QUANTIZE: unknown key "a"'),
+        ([], {"TORCHCHAT_QUANTIZE": "cpus"}, "TORCHCHAT_QUANTIZE cpus: No such file"),
+        (["--quantize", ""], {}, "--quantize is empty; give cpu, "),
     ],
 )
 def test_wrong_values_are_refused_by_who_gave_them(argv, environ, names):
@@ -154,57 +156,28 @@ def test_wrong_values_are_refused_by_who_gave_them(argv, environ, names):
         settings(*argv, **environ)
 
 
-def test_an_empty_recipe_is_nothing_to_do(tmp_path):
-    (tmp_path / "recipe.json").write_text("\ufeff {}")
-    for given in ("{}", "  { }", str(tmp_path / "recipe.json")):
-        assert settings("--quantize", given) == (BuildSettings("default"), [])
+def test_a_recipe_becomes_settings():
+    built, said = settings("--quantize", recipe(**{"linear:int4": {}, "executor": "cpu"}))
+    expected = {"executor": {"accelerator": "cpu"}, "linear:int4": {"groupsize": 32}}
+    assert json.loads(built.quantize) == expected
+    assert (built.quantize_source, built.device, said) == ("--quantize", Setting("cpu", 'quantize "executor"'), [])
 
 
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ('{"linear:int4": {"group_size": 32}}', r'quantization is not built in this version, so "linear:int4"'),
-        ('{"x": "' + "y" * 5000 + '"}', 'quantization is not built in this version, so "x"'),
-        ('{"precision": 1}', '"precision" must be {"dtype": one of fast, '),
-        ('{"precision": {"type": "bf16"}}', '"precision" must be {"dtype": one of fast, '),
-        ('{"precision": {"dtype": "int3"}}', '"precision" must be one of fast, '),
-        ('{"executor": {"accelerator": "tpu"}}', '"executor" must be one of fast, cpu, cuda, mps'),
-        ('{"a": 1, "a": 2}', 'the key "a" is there twice'),
-        ('{"precision": {"dtype": "bf16", "dtype": "fp16"}}', 'the key "dtype" is there twice'),
-        ("{'a': 1}", "not JSON"),
-        ('{"a": NaN}', "NaN is not JSON"),
-        ('{"a": ' + "[" * 100_000, "nested too deeply|not JSON"),
-        ('{"a": ' + "9" * 6000 + "}", "not JSON|not built"),
-        ('{"a": "' + "x" * 2**20 + '"}', "over 1 MB"),
-        ("no-such-file.json", "No such file or directory; give a JSON file, or the JSON itself"),
-        ("x" * 300, "File name too long"),
-        (".", "Is a directory"),
-    ],
-)
-def test_a_recipe_that_cannot_be_done_is_one_clear_line(text, says):
-    with pytest.raises(UserError, match=says.replace("{", r"\{").replace("(", r"\(")) as error:
-        settings("--quantize", text)
-    assert "\n" not in str(error.value)
-    assert len(str(error.value)) < 300
-    assert str(error.value).startswith("--quantize")
+def test_a_recipe_has_precedence_too():
+    built, said = settings("--quantize", "cpu", TORCHCHAT_QUANTIZE="cpu-small")
+    assert built.quantize == settings("--quantize", '{"linear:int8": {}, "embedding": {}}')[0].quantize
+    assert built.quantize_source == "--quantize cpu"
+    assert said == ["--quantize cpu overrides TORCHCHAT_QUANTIZE cpu-small"]
+    assert settings(TORCHCHAT_QUANTIZE="cpu")[0].quantize_source == "TORCHCHAT_QUANTIZE cpu"
 
 
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (b"[1, 2]", "a recipe is a JSON object, not [1, 2]"),
-        (b"", "not JSON"),
-        (b"\xff\xfe\x00", "not JSON"),
-        (b"{" + b" " * 2**20 + b"}", "over 1 MB"),
-    ],
-)
-def test_a_file_that_is_no_recipe_is_named(tmp_path, monkeypatch, data, says):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "r.json").write_bytes(data)
-    with pytest.raises(UserError) as error:
-        settings("--quantize", "r.json")
-    assert str(error.value).startswith("--quantize r.json: ")
-    assert says in str(error.value)
+def test_a_recipe_without_schemes_quantizes_nothing():
+    built, said = settings("--quantize", DTYPE_RECIPE)
+    assert (built.quantize, built.quantize_source, said) == (None, None, [])
+    assert settings("--quantize", "{}") == (
+        BuildSettings("default"),
+        ["--quantize: the recipe is empty: nothing is quantized"],
+    )
 
 
 OURS = SamplingParams()

@@ -61,6 +61,7 @@ class Quantizer:
         assert type(weight) is not nn.Parameter, "torchao did nothing"
         names: list[str] = weight.__tensor_flatten__()[0]  # type: ignore[attr-defined]
         parts = {name: vars(weight)[name] for name in names}
+        vars(layer).clear()  # torchao makes a cycle of it, which would keep its numbers until garbage is collected
         scale = parts["scale"].reshape(N, -1)
         zero = parts.get("zero_point")
         return parts["qdata"][:, :K], scale, torch.zeros_like(scale) if zero is None else zero.reshape(N, -1)

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     prepared = prepare(settings)
     plan = Plan.of(args, prepared)
     _check_memory(prepared, plan)
-    status(describe_build(settings, prepared.device, prepared.dtype))
+    status(describe_build(prepared.settings, prepared.device, prepared.dtype))
     report = Report(prepared, plan.max_seq_len, plan.repeats, show=not args.json)
     try:
         with out_of_memory(prepared, plan.max_seq_len):

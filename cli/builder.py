@@ -2,8 +2,9 @@
 are read; `build` does the rest. Knows every part and decides nothing that a setting decides.
 """
 
+import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,15 @@ from generate.scheduler import slots_needed
 from generate.stats import Ledger, weight_bytes_per_token
 from model.chat_template import ChatTemplate, load_chat_template
 from model.config import ModelConfig, from_hf, load_config
-from model.device import DeviceChoice, DtypeChoice, resolve_device, resolve_dtype
+from model.device import TORCH_DTYPES, DeviceChoice, DtypeChoice, resolve_device, resolve_dtype
 from model.kv_cache import KVCache
 from model.layers import RMSNorm
-from model.loader import Source, TakeWeight, fill_parameters, load_weights
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.loader import Source, SourceOf, TakeWeight, fill_parameters, load_weights
+from model.saved import saved_sources
+from model.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from model.transformer import Transformer
-from quant.apply import QuantizeOnLoad
+from quant.apply import QuantizeOnLoad, replace_modules
+from quant.directory import Stored, read_stored
 from quant.plan import Plan, make_plan
 from quant.recipe import read_recipe
 
@@ -59,6 +62,8 @@ class Prepared:
     ledger: Ledger
     plan: Plan | None = None
     """What is quantized how; None: nothing is."""
+    stored: Stored | None = None
+    """What the directory says, where the weights are quantized already; `settings` then have its recipe."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,10 @@ class Built:
         return self.prepared.ledger
 
 
-def prepare(settings: BuildSettings) -> Prepared:
-    """Everything but the weights: model, device, dtype, tokenizer, template. Raises UserError."""
+def prepare(settings: BuildSettings, *, needs_tokenizer: bool = True) -> Prepared:
+    """Everything but the weights: model, device, dtype, tokenizer, template. Raises UserError, also for a model without
+    a tokenizer unless it needs none.
+    """
     ledger = Ledger()
     with ledger.phase("load"):
         model = resolve(settings.model, random_weights=settings.random_weights)
@@ -89,20 +96,36 @@ def prepare(settings: BuildSettings) -> Prepared:
                 f"--max-seq-len {settings.max_seq_len} is more than the {config.max_position_embeddings} positions "
                 f"that {model.name} was made for"
             )
+        stored = None
+        if model.path is not None and not settings.random_weights:
+            stored = read_stored(model.path)
+        if stored is not None:
+            settings = _as_stored(settings, stored)
         device = resolve_device(settings.device)
-        dtype = resolve_dtype(settings.dtype, device.device)
+        dtype = resolve_dtype(settings.dtype, device.device, stored.dtype if stored is not None else None)
         if settings.compile or settings.compile_prefill:
             check_can_compile(cache_dir_or_say())
         tokenizer = template = None
         sampling = SamplingParams()
         if model.path is not None and not settings.random_weights:
-            tokenizer = load_tokenizer(model.path, config)
-            template = load_chat_template(model.path, tokenizer)
+            if needs_tokenizer or has_tokenizer(model.path):
+                tokenizer = load_tokenizer(model.path, config)
+                template = load_chat_template(model.path, tokenizer)
             sampling = _recommended_sampling(model.path)
         plan = _plan(settings, config, device, dtype)
     return Prepared(
-        settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger, plan
+        settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger, plan, stored
     )
+
+
+def _as_stored(settings: BuildSettings, stored: Stored) -> BuildSettings:
+    """The settings with the recipe that the weights are quantized by."""
+    if settings.quantize is not None:
+        raise UserError(
+            f"{settings.quantize_source}: {settings.model} is quantized already ({stored.recipe.text}); leave it out, "
+            f"or quantize the original, {stored.source}"
+        )
+    return dataclasses.replace(settings, quantize=stored.recipe.text, quantize_source=stored.recipe.name)
 
 
 def _plan(settings: BuildSettings, config: ModelConfig, device: DeviceChoice, dtype: DtypeChoice) -> Plan | None:
@@ -229,6 +252,8 @@ def fill_random(
 
 def _load(prepared: Prepared) -> Transformer:
     device, dtype = prepared.device.device, prepared.dtype.dtype
+    if prepared.stored is not None:
+        return _load_stored(prepared)
     model = meta_model(prepared.config)
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(sizes.values()) * dtype.itemsize
@@ -246,14 +271,47 @@ def _load(prepared: Prepared) -> Transformer:
                 with prepared.ledger.phase("quantize"):
                     return quantize(name, module, source)
 
-        if prepared.settings.random_weights:
-            fill_random(model, device, dtype, take)
-        else:
-            assert prepared.path is not None
-            load_weights(
-                model, prepared.path, device, dtype, lambda name: progress.advance(sizes[name] * dtype.itemsize), take
-            )
+        fill(prepared, model, lambda name: progress.advance(sizes[name] * dtype.itemsize), take)
     return model
+
+
+def fill(
+    prepared: Prepared, model: Transformer, on_tensor: Callable[[str], None] | None, take: TakeWeight | None
+) -> None:
+    """The model's own weights, or random ones if those were asked for, into a model on the meta device."""
+    device, dtype = prepared.device.device, prepared.dtype.dtype
+    if prepared.settings.random_weights:
+        fill_random(model, device, dtype, take)
+    else:
+        assert prepared.path is not None
+        load_weights(model, prepared.path, device, dtype, on_tensor, take)
+
+
+def _load_stored(prepared: Prepared) -> Transformer:
+    """Weights that are quantized already: no torchao, nothing to choose."""
+    assert prepared.path is not None
+    model, source_of = stored_model(prepared, prepared.path)
+    sizes = {name: parameter.nbytes for name, parameter in model.named_parameters()}
+    with Progress(f"loading {prepared.name}", sum(sizes.values()), in_bytes=True) as progress:
+        fill_parameters(model, source_of, lambda name: progress.advance(sizes[name]))
+    return model
+
+
+def stored_model(prepared: Prepared, path: Path) -> tuple[Transformer, SourceOf]:
+    """The quantized model on the meta device, and where in the directory `path` its parameters are; all is checked."""
+    assert prepared.stored is not None
+    assert prepared.plan is not None
+    model = meta_model(prepared.config)
+    replace_modules(model, prepared.plan, prepared.dtype.dtype)
+    source_of = saved_sources(
+        model,
+        path,
+        prepared.device.device,
+        prepared.dtype.dtype,
+        TORCH_DTYPES[prepared.stored.dtype],
+        prepared.stored.metadata(),
+    )
+    return model, source_of
 
 
 def meta_model(config: ModelConfig) -> Transformer:
@@ -264,17 +322,17 @@ def meta_model(config: ModelConfig) -> Transformer:
 
 @contextmanager
 def out_of_memory(prepared: Prepared, length: int) -> Iterator[None]:
-    """Says what did not fit, in place of the allocator's own words."""
+    """Says what did not fit, in place of the allocator's own words. `length`: the context's, 0 where there is none."""
     try:
         yield
     except RuntimeError as error:
         # OutOfMemoryError is a GPU's; the allocator of the CPU raises its parent.
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
-        name = prepared.device.device.type
+        context, shorter = (f" with a context of {length}", "a smaller --max-seq-len, ") if length else ("", "")
         raise UserError(
-            f"{prepared.name} in {prepared.dtype.name} with a context of {length} does not fit in the memory of the "
-            f"{name} device: try a smaller --max-seq-len, a 16-bit --dtype, or another --device"
+            f"{prepared.name} in {prepared.dtype.name}{context} does not fit in the memory of the "
+            f"{prepared.device.device.type} device: try {shorter}a 16-bit --dtype, or another --device"
         ) from error
 
 

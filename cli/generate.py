@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     built = build(prepared, context)
     for line in (
         *remarks,
-        describe_build(settings, prepared.device, prepared.dtype),
+        describe_build(prepared.settings, prepared.device, prepared.dtype),
         _describe_sampling(params, args.num_samples),
     ):
         status(line)

@@ -17,11 +17,12 @@ from config.errors import UserError
 
 COMMANDS = {
     "generate": ("write text from a prompt", "cli.generate"),
+    "quantize": ("write a quantized model to a directory", "cli.quantize"),
     "bench": ("measure loading, compiling, prefill and decode on this machine", "cli.bench"),
 }
 """Name -> (one line of help, the module that runs it: `add_arguments(parser)` and `run(args) -> int`)."""
 
-PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "jinja2", "psutil")
+PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "jinja2", "psutil", "torchao")
 """What must be installed, as pyproject.toml has it."""
 
 DESCRIPTION = """\

@@ -86,8 +86,43 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL and the flags that decide how it is built; `build_settings` reads them."""
+MODEL_FLAGS: dict[str, dict[str, Any]] = {
+    "device": {
+        "metavar": "|".join(DEVICES),
+        "help": "where it runs; fast: the first of cuda, mps, cpu that is there (default: fast)",
+    },
+    "dtype": {
+        "metavar": "|".join(DTYPES),
+        "help": "precision of the weights and of computing; fast: the fastest that the device runs well, fast16: its "
+        "best 16-bit type (default: fast)",
+    },
+    "compile": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "compile the step that makes one token (kept between runs)",
+    },
+    "compile_prefill": {
+        "action": argparse.BooleanOptionalAction,
+        "help": "compile the reading of the prompt, with or without --compile",
+    },
+    "quantize": {
+        "metavar": "NAME|FILE|JSON",
+        "help": f"a recipe for smaller weights: {', '.join(READY_MADE)}, a JSON file, or the JSON itself, such as "
+        """'{"linear:int8": {}}' (see docs/quantization.md)""",
+    },
+    "max_seq_len": {
+        "metavar": "N",
+        "type": whole_number(1, MAX_COUNT),
+        "help": "room for the prompt and the answer together, in tokens (default: enough, within what the model "
+        "allows)",
+    },
+}
+"""The flags that decide how a model is built, as argparse takes them."""
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, flags: Sequence[str] = tuple(MODEL_FLAGS)) -> None:
+    """MODEL and the flags that decide how it is built; `build_settings` reads them. flags: those of MODEL_FLAGS that
+    make sense for the command.
+    """
     parser.add_argument(
         "model",
         metavar="MODEL",
@@ -95,43 +130,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="a name that torchchat knows, or a directory or file of weights (default: a small model that is built in)",
     )
     group = parser.add_argument_group("customization")
-    group.add_argument(
-        "--device",
-        metavar="|".join(DEVICES),
-        help="where it runs; fast: the first of cuda, mps, cpu that is there (default: fast)",
-    )
-    group.add_argument(
-        "--dtype",
-        metavar="|".join(DTYPES),
-        help="precision of the weights and of computing; fast: the fastest that the device runs well, fast16: its best "
-        "16-bit type (default: fast)",
-    )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        help="compile the step that makes one token (kept between runs)",
-    )
-    group.add_argument(
-        "--compile-prefill",
-        action=argparse.BooleanOptionalAction,
-        help="compile the reading of the prompt, with or without --compile",
-    )
-    group.add_argument(
-        "--quantize",
-        metavar="NAME|FILE|JSON",
-        help=f"a recipe for smaller weights: {', '.join(READY_MADE)}, a JSON file, or the JSON itself, such as "
-        """'{"linear:int8": {}}' (see docs/quantization.md)""",
-    )
-    group.add_argument(
-        "--max-seq-len",
-        metavar="N",
-        type=whole_number(1, MAX_COUNT),
-        help="room for the prompt and the answer together, in tokens (default: enough, within what the model allows)",
-    )
-    variables = ", ".join(ENVIRONMENT.values())
+    for name in flags:
+        group.add_argument(_flag(name), **MODEL_FLAGS[name])
+    variables = ", ".join(variable for name, variable in ENVIRONMENT.items() if name == "model" or name in flags)
+    spelling = " Flags may be spelled with underscores too (--compile_prefill)." if "compile_prefill" in flags else ""
     parser.epilog = (
         f"Defaults may be set in the environment: {variables}. A flag overrides the quantize recipe, which overrides "
-        "the environment. Flags may be spelled with underscores too (--compile_prefill)."
+        f"the environment.{spelling}"
     )
 
 
@@ -161,7 +166,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def build_settings(
     args: argparse.Namespace, environ: Mapping[str, str], say: Callable[[str], None] = warn
 ) -> BuildSettings:
-    """The settings that the flags of `add_model_arguments`, the recipe and the environment add up to.
+    """The settings that the flags of `add_model_arguments`, the recipe and the environment add up to; what the command
+    has no flag for stays at its default.
 
     `say` gets one line for each override and for each variable that looks like ours but is not. Raises UserError.
     """
@@ -173,13 +179,13 @@ def build_settings(
     device = _pick("device", args, environ, say, recipe.device if recipe else None, DEVICES) or Setting("fast")
     dtype = _pick("dtype", args, environ, say, recipe.dtype if recipe else None, DTYPES) or Setting("fast")
     model = _pick("model", args, environ, say) or Setting(DEFAULT_MODEL)
-    max_seq_len = _pick("max_seq_len", args, environ, say)
+    max_seq_len = _pick("max_seq_len", args, environ, say) if "max_seq_len" in args else None
     return BuildSettings(
         model=model.value,
         device=device,
         dtype=dtype,
-        compile=_switch("compile", args, environ, say),
-        compile_prefill=_switch("compile_prefill", args, environ, say),
+        compile="compile" in args and _switch("compile", args, environ, say),
+        compile_prefill="compile_prefill" in args and _switch("compile_prefill", args, environ, say),
         quantize=recipe.text if recipe and recipe.entries else None,
         quantize_source=recipe.name if recipe and recipe.entries else None,
         max_seq_len=_count(max_seq_len) if max_seq_len else None,

@@ -23,6 +23,7 @@ __all__ = [
     "from_hf",
     "from_llama2c",
     "from_meta",
+    "hf_document",
     "load_config",
     "read_llama2c_header",
 ]
@@ -52,6 +53,39 @@ def load_config(path: Path) -> ModelConfig:
     if path.suffix == ".bin" and not path.name.startswith("pytorch_model"):
         return from_llama2c(read_llama2c_header(path), str(path))
     return _load_directory(path.parent)
+
+
+def hf_document(path: Path) -> dict[str, object]:
+    """A config.json for the model at `path`: the one that it is read by, or one that says the same. Raises UserError.
+    """
+    llama2c = path.is_file() and path.suffix in (".pt", ".bin") and not path.name.startswith("pytorch_model")
+    file = (path if path.is_dir() else path.parent) / "config.json"
+    if file.is_file() and not llama2c:
+        return dict(_read_json(file))
+    return _to_hf(load_config(path))
+
+
+def _to_hf(config: ModelConfig) -> dict[str, object]:
+    """The inverse of `from_hf`, for what Meta's and llama2.c's files describe."""
+    rope = config.layers[0].rope
+    assert config.family == "llama"
+    assert rope is not None
+    document: dict[str, object] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_hidden_layers": len(config.layers),
+        "rope_theta": rope.theta,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+    }
+    if rope.kind == "llama3":
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        document["rope_scaling"] = {"rope_type": "llama3", **{name: vars(rope)[name] for name in names}}
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("max_position_embeddings", "rms_norm_eps", "hidden_act", "tie_word_embeddings"),
+    )
+    return document | {name: vars(config)[name] for name in same}
 
 
 def from_meta(params: Mapping[str, object], where: str, *, vocab_size: int | None = None) -> ModelConfig:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -85,8 +85,18 @@ def _why_missing(name: str) -> str:
     return "this macOS or Mac does not offer it" if built else f"torch {torch.__version__} is built without MPS"
 
 
-def resolve_dtype(setting: Setting, device: torch.device) -> DtypeChoice:
-    """The dtype asked for; for "fast" the fastest that `device` runs well; for "fast16" its best 16-bit type."""
+def resolve_dtype(setting: Setting, device: torch.device, stored: str | None = None) -> DtypeChoice:
+    """The dtype asked for; for "fast" the fastest that `device` runs well; for "fast16" its best 16-bit type.
+
+    stored: the dtype that quantized weights were made for, as --dtype spells it. "fast" is then that one, and "fast16"
+    if it has 16 bits, unless the device does not run it; a choice that is another says so.
+    """
+    if stored is not None and setting.value != stored:
+        runs = stored != "bf16" or device.type == "cpu" or _bf16_hardware(device)[0]
+        if runs and (setting.value == "fast" or (setting.value == "fast16" and stored != "fp32")):
+            return DtypeChoice(TORCH_DTYPES[stored], stored, f"{setting.value}: as stored")
+        choice = resolve_dtype(setting, device)
+        return choice if choice.name == stored else replace(choice, why=f"{choice.why}; stored in {stored}")
     if setting.value not in ("fast", "fast16"):
         return DtypeChoice(TORCH_DTYPES[setting.value], setting.value, setting.source)
     has_bf16, hardware = _bf16_hardware(device)

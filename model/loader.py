@@ -43,6 +43,8 @@ class Source(Protocol):
     def blocks(self, rows: int) -> Iterator[Tensor]: ...
 
 
+SourceOf = Callable[[str, nn.Parameter], Source]
+"""(name of a parameter, the parameter on the meta device) -> where its values come from."""
 TakeWeight = Callable[[str, nn.Module, Source], bool]
 """(name of a module, the module, its weight): True if the weight is taken care of and is not to be loaded."""
 
@@ -103,16 +105,22 @@ def load_weights(
     the name of each as it is there; `take` is offered each module's weight before it is loaded. Raises UserError,
     naming file and tensor, when anything is missing, cut short, of another shape, or left over.
     """
-    tensors = open_checkpoint(find_checkpoint(path))
-    plan = _plan(model, path, tensors)
-    fill_parameters(
-        model, lambda name, meta: _Stored(meta.shape, plan[name], device, dtype), on_tensor=on_tensor, take=take
-    )
+    fill_parameters(model, weight_sources(model, path, device, dtype), on_tensor=on_tensor, take=take)
+
+
+def weight_sources(
+    model: Transformer, path: Path, device: torch.device, dtype: torch.dtype
+) -> SourceOf:
+    """Where each parameter of `model` comes from, by its name, in the checkpoint at `path`. Everything is checked, and
+    nothing is read yet. Raises UserError as `load_weights` does.
+    """
+    plan = _plan(model, path, open_checkpoint(find_checkpoint(path)))
+    return lambda name, meta: _Stored(meta.shape, plan[name], device, dtype)
 
 
 def fill_parameters(
     model: nn.Module,
-    source_of: Callable[[str, nn.Parameter], Source],
+    source_of: SourceOf,
     on_tensor: Callable[[str], None] | None = None,
     take: TakeWeight | None = None,
 ) -> None:

@@ -8,7 +8,10 @@ from model.checkpoint import first_bytes, wrong_file
 from model.config import ModelConfig
 from model.tokenizer_base import PieceTokenizer, Tokenizer, read_metadata
 
-__all__ = ["Tokenizer", "load_tokenizer"]
+__all__ = ["FILES", "Tokenizer", "has_tokenizer", "load_tokenizer"]
+
+FILES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
+"""Where a tokenizer may be, the first that is there."""
 
 MAX_BYTES = 128 << 20
 TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
@@ -23,11 +26,21 @@ def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     bytes say; a tokenizer.bin is llama2.c's. Raises UserError when there is none, when it is damaged or something else,
     or when it has tokens that the model does not know.
     """
+    file = _find(path)
+    if file is None:
+        directory = path if path.is_dir() else path.parent
+        raise UserError(f"{directory}: no tokenizer here; looked for {', '.join(FILES[:-1])} and {FILES[-1]}")
+    return _load(file, config)
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether there is one to load."""
+    return _find(path) is not None
+
+
+def _find(path: Path) -> Path | None:
     directory = path if path.is_dir() else path.parent
-    for name in ("tokenizer.json", "tokenizer.model", "tokenizer.bin"):
-        if (directory / name).exists():
-            return _load(directory / name, config)
-    raise UserError(f"{directory}: no tokenizer here; looked for tokenizer.json, tokenizer.model and tokenizer.bin")
+    return next((directory / name for name in FILES if (directory / name).exists()), None)
 
 
 def _load(path: Path, config: ModelConfig) -> Tokenizer:

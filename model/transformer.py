@@ -136,13 +136,23 @@ class Transformer(nn.Module):
         [B, T, V]. Rows may be padded on the right: what padding writes is past the row's end and is overwritten before
         it is ever attended to.
         """
+        x_BTD = self.hidden(tokens_BT, start_B, cache, slots_B, context)
+        if logits_at_B is None:
+            return self.logits(x_BTD)
+        x_BD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B]
+        return self.logits(x_BD.unsqueeze(1)).squeeze(1)
+
+    def hidden(
+        self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, slots_B: Tensor, context: int | Tensor
+    ) -> Tensor:
+        """What the layers make of the tokens, [B, T, D]: `forward` up to its logits, its arguments the same."""
         T = tokens_BT.shape[1]
         positions_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
         rotations = [
             cos_sin(frequencies, positions_BT, scale)
             for frequencies, scale in zip(cache.frequencies, self._rope_scales, strict=True)
         ]
-        x_BTD = self.embed_tokens(tokens_BT)
+        x_BTD: Tensor = self.embed_tokens(tokens_BT)
         if self.config.embedding_multiplier != 1.0:
             # Rounded to the model's dtype first, as in training.
             x_BTD = x_BTD * torch.full((), self.config.embedding_multiplier, dtype=x_BTD.dtype, device=x_BTD.device)
@@ -151,11 +161,13 @@ class Transformer(nn.Module):
             rope = self._rope_of_layer[i]
             rotation = None if rope is None else rotations[rope]
             x_BTD = layer(x_BTD, rotation, cache.keys[i], cache.values[i], rows)
-        if logits_at_B is not None:
-            x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B].unsqueeze(1)
+        return x_BTD
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """float32 logits [B, T, V] of what `hidden` gives; of any of its rows, [N, D], too."""
         logits: Tensor = self.lm_head(x_BTD, norm=self.norm).float()
         if self.config.logits_divisor != 1.0:
             logits = logits / self.config.logits_divisor
         if self.config.logits_softcap is not None:
             logits = torch.tanh(logits / self.config.logits_softcap) * self.config.logits_softcap
-        return logits.squeeze(1) if logits_at_B is not None else logits
+        return logits

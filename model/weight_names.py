@@ -41,6 +41,7 @@ QUANTIZED = {
     ".weight_scale": "FP8 or compressed-tensors",
     ".weight_scale_inv": "FP8",
     ".weight_packed": "compressed-tensors",
+    ".values": "torchchat, whose torchchat.json is missing",
 }
 
 _HF = {

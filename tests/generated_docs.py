@@ -44,10 +44,19 @@ def shared_flags() -> str:
 
 
 def own_flags(command: str) -> str:
+    """Those beside the shared ones; all, of a command that has not all of those."""
     shared, parser = Parser(), Parser()
     add_model_arguments(shared)
     import_module(COMMANDS[command][1]).add_arguments(parser)
-    return table(("flag", "meaning"), flag_rows(parser, frozenset(shared._option_string_actions)))
+    those = frozenset(shared._option_string_actions)
+    return table(("flag", "meaning"), flag_rows(parser, those if takes_shared_flags(command) else frozenset()))
+
+
+def takes_shared_flags(command: str) -> bool:
+    shared, parser = Parser(), Parser()
+    add_model_arguments(shared)
+    import_module(COMMANDS[command][1]).add_arguments(parser)
+    return set(shared._option_string_actions) <= set(parser._option_string_actions)
 
 
 def models() -> str:

@@ -14,7 +14,7 @@ import pytest
 from cli.main import COMMANDS
 from cli.options import ENVIRONMENT, Parser
 from model import config_hf
-from tests.generated_docs import BLOCK, generated, own_flags, shared_flags
+from tests.generated_docs import BLOCK, generated, own_flags, shared_flags, takes_shared_flags
 from tests.generated_docs import PAGES as GENERATED
 
 ROOT = Path(__file__).parent.parent
@@ -45,7 +45,8 @@ def test_every_flag_of_a_command_is_in_the_tables_and_no_other(name):
     parser = Parser(prog=name)
     import_module(COMMANDS[name][1]).add_arguments(parser)
     flags = {flag for flag in parser._option_string_actions if flag.startswith("--")} - {"--help"}
-    rows = " ".join(line.split(" | ")[0] for line in (shared_flags() + own_flags(name)).splitlines())
+    tables = (shared_flags() if takes_shared_flags(name) else "") + own_flags(name)
+    rows = " ".join(line.split(" | ")[0] for line in tables.splitlines())
     assert set(re.findall(r"`(--[a-z-]+)", rows)) == flags
 
 
@@ -129,5 +130,5 @@ def test_the_commands_about_quantization_run(comment, block, tmp_path):
         assert f"    {done.stderr}" in (ROOT / "docs/quantization.md").read_text()
     else:
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("Once upon a time")
+        assert "Once upon a time" in done.stdout
         assert "· quantized" in done.stderr

@@ -39,6 +39,7 @@ EXPORTED = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
+HELD_OUT = "held_out.json"
 MOST_BYTES = 16_000_000
 MOST_BITS = 0.80
 LONGEST_REPLY = 48  # tokens of small talk
@@ -112,7 +113,7 @@ def ask(*contents: str) -> list[dict[str, str]]:
 def test_the_files_are_there_and_small() -> None:
     """Everything a user is given besides code: weights, tokenizer, settings, log, README; the corpora stay apart."""
     files = [file for file in DEFAULT.iterdir() if file.is_file() and file.suffix != ".py"]
-    assert {*EXPORTED, "README.md", "training_log.json"} == {file.name for file in files}
+    assert {*EXPORTED, HELD_OUT, "README.md", "training_log.json"} == {file.name for file in files}
     assert sum(file.stat().st_size for file in files) <= MOST_BYTES
 
 

@@ -1,0 +1,224 @@
+"""A prepared model -> a directory that loads as the quantized model, whole or not at all. Each weight is written when
+it is quantized, so that no more than one of them is in memory. Knows all parts, and no flags.
+"""
+
+import json
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cli.builder import Prepared, fill, meta_model, stored_model
+from cli.console import Progress, human_bytes
+from cli.quantize import MAX_RECEIPT_TOKENS, ReceiptText
+from config import __version__
+from config.errors import UserError
+from generate.score import Windows, compare, perplexity
+from model.checkpoint import SAFETENSORS
+from model.config import hf_document
+from model.loader import Source, weight_sources
+from model.saved import FLOATS, Layout, TensorWriter
+from model.streaming import Streamed
+from model.tokenizer import FILES
+from quant.apply import QuantizeOnLoad, replace_modules
+from quant.directory import FILE, Stored, layers_only
+from quant.plan import Plan
+from quant.receipt import Receipt, finite
+from quant.recipe import read_recipe
+
+COPIED = (
+    *FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "generation_config.json",
+)  # fmt: skip
+TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+"""What a model is passed on under goes with it."""
+ROOM = 16 << 20
+"""Of the disk, beside all that is known to be written."""
+WINDOW = 512
+"""Tokens that a receipt's text is read in."""
+BLOCK_NUMBERS = 2**22
+"""Of a weight that is not quantized, so many numbers are in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What came of it."""
+
+    file_bytes: int
+    """Of the file with the weights."""
+    quantize_s: float
+    receipt_s: float
+
+
+def save(prepared: Prepared, output: Path, text: ReceiptText | None) -> tuple[Sizes, Receipt | None]:
+    """Write the directory `output`, which is new or empty, and measure what quantizing cost on `text`.
+
+    Raises UserError, and OSError where the disk does.
+    """
+    assert prepared.plan is not None
+    assert prepared.settings.quantize is not None
+    windows = None if text is None else _windows(prepared, text)
+    recipe = layers_only(read_recipe(prepared.settings.quantize, "--quantize"))
+    stored = Stored(recipe, prepared.dtype.name, prepared.settings.model, versions(), None)
+    layout = _layout(prepared, prepared.plan, stored)
+    copied = _files_to_copy(prepared)
+    _check_disk(output.parent, layout.nbytes + sum(file.stat().st_size for file in copied))
+    with _whole(output) as directory:
+        began = time.perf_counter()
+        _write_weights(prepared, prepared.plan, directory / SAFETENSORS, layout)
+        for file in copied:
+            shutil.copyfile(file, directory / file.name)
+        document = _config_document(prepared)
+        (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        measured = time.perf_counter()
+        receipt = None
+        if text is not None and windows is not None:
+            receipt = _measure(replace(prepared, stored=stored), directory, text, windows)
+        # Last, for without it nothing here is a model.
+        whole = json.dumps(replace(stored, receipt=receipt).document(), indent=2)
+        (directory / FILE).write_text(whole + "\n", encoding="utf-8")
+        ended = time.perf_counter()
+    return Sizes(layout.nbytes, measured - began, ended - measured), receipt
+
+
+def versions() -> dict[str, str]:
+    """Of all that decides which numbers are chosen."""
+    return {"torch": torch.__version__, "torchao": version("torchao"), "torchchat": __version__}
+
+
+@contextmanager
+def _whole(output: Path) -> Iterator[Path]:
+    """A directory beside `output` that takes its place in the end, or is removed."""
+    partial = output.with_name(f".{output.name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        partial.replace(output)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _layout(prepared: Prepared, plan: Plan, stored: Stored) -> Layout:
+    dtype = prepared.dtype.dtype
+    model = meta_model(prepared.config)
+    replace_modules(model, plan, dtype)
+    tensors = {
+        name: (dtype if parameter.dtype in FLOATS else parameter.dtype, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+    }
+    return Layout.of(tensors, stored.metadata())
+
+
+def _files_to_copy(prepared: Prepared) -> list[Path]:
+    path = prepared.path
+    if path is None:
+        return []
+    directory = path if path.is_dir() else path.parent
+    terms = [file for pattern in TERMS for file in sorted(directory.glob(pattern))]
+    return [file for file in (*(directory / name for name in COPIED), *terms) if file.is_file()]
+
+
+def _config_document(prepared: Prepared) -> dict[str, object]:
+    if prepared.path is not None:
+        return hf_document(prepared.path)
+    from config.registry import find  # random weights: the registry has the shapes
+
+    return dict(find(prepared.name).config)
+
+
+def _check_disk(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed + ROOM:
+        raise UserError(
+            f"{directory}: {human_bytes(needed + ROOM)} are needed there and {human_bytes(free)} are free; make room, "
+            "or name another --output"
+        )
+
+
+def _write_weights(prepared: Prepared, plan: Plan, file: Path, layout: Layout) -> None:
+    device, dtype = prepared.device.device, prepared.dtype.dtype
+    model = meta_model(prepared.config)
+    total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    doing = f"quantizing {prepared.name}"
+    with Progress(doing, total, in_bytes=True) as progress, TensorWriter(file, layout) as writer:
+
+        def count(numbers: int) -> None:
+            progress.advance(numbers * dtype.itemsize)
+
+        def counted(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+            for rows in blocks:
+                yield rows
+                count(rows.numel())
+
+        quantize = QuantizeOnLoad(model, plan, device, dtype, count)
+
+        def take(name: str, module: nn.Module, source: Source) -> bool:
+            """Writes all parameters of a module, of which the weight comes last, and keeps none."""
+            for key, parameter in module.named_parameters(recurse=False):
+                if key != "weight":
+                    writer.write(f"{name}.{key}", [parameter])
+            if quantize(name, module, source):
+                quantized = model.get_submodule(name)
+                for key, parameter in list(quantized.named_parameters(recurse=False)):
+                    if key != "bias" and not parameter.is_meta:
+                        writer.write(f"{name}.{key}", [parameter])
+                    setattr(quantized, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            elif f"{name}.weight" in layout.offsets:  # else it is another module's too, which has it
+                shape = module.get_parameter("weight").shape
+                writer.write(f"{name}.weight", counted(source.blocks(max(1, BLOCK_NUMBERS // shape[1:].numel()))))
+            return True
+
+        fill(prepared, model, None, take)
+
+
+# ---- The receipt ----
+
+
+def _windows(prepared: Prepared, text: ReceiptText) -> Windows:
+    tokenizer = prepared.tokenizer
+    assert tokenizer is not None
+    bos = tokenizer.bos_id if tokenizer.add_bos else None
+    # No more is encoded than could be read.
+    texts = [tokenizer.encode(part[: 64 * MAX_RECEIPT_TOKENS], bos=False) for part in text.texts]
+    length = min(WINDOW, prepared.config.max_position_embeddings)
+    windows = Windows.of(texts, length, bos, MAX_RECEIPT_TOKENS)
+    if windows.count == 0:
+        raise UserError(f"{text.name}: has no two tokens, so that there is nothing to predict; give a longer text")
+    if int(windows.tokens_BT.max()) >= prepared.config.vocab_size:
+        raise UserError(f"{text.name}: has tokens that {prepared.name} does not know")
+    return windows
+
+
+def _measure(prepared: Prepared, directory: Path, text: ReceiptText, windows: Windows) -> Receipt:
+    """Both models read the text with weights from the disk: the quantized ones those that were just written."""
+    assert prepared.path is not None
+    assert prepared.plan is not None
+    device, dtype = prepared.device.device, prepared.dtype.dtype
+    quantized, quantized_source = stored_model(prepared, directory)
+    original = meta_model(prepared.config)
+    original_source = weight_sources(original, prepared.path, device, dtype)
+    total = prepared.plan.nbytes + prepared.plan.original_nbytes
+    with Progress("comparing with the unquantized model", total, in_bytes=True) as progress:
+        weights = Streamed(quantized, quantized_source, progress.advance)
+        original_weights = Streamed(original, original_source, progress.advance)
+        found = compare(quantized, weights, original, original_weights, windows, device, dtype)
+    return Receipt(
+        text.name,
+        text.sha256,
+        found.tokens,
+        finite(perplexity(found.loss)),
+        finite(perplexity(found.reference_loss)),
+        finite(found.divergence),
+        finite(found.agreement),
+        prepared.dtype.name,
+        device.type,
+        versions(),
+    )

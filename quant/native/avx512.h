@@ -1,11 +1,14 @@
 // Products with quantized weights on processors with AVX-512, at the speed of memory.
 //
-// A weight's row is read in blocks of 64 bytes. A format says how a block becomes PRODUCTS vectors of WIDTH numbers
-// each, and how one of them is multiplied with as many numbers of x and added to 16 sums. The products of CHAIN
-// numbers, which share a scale, are chained; their sums are then scaled and added to the row's.
+// A weight's row is read in blocks of 64 bytes. A format says how a block becomes runs of 32 numbers that lie side by
+// side, and how a run is multiplied with 32 numbers of x into 16 sums, which are scaled and added to the row's.
+//
+// x of 16 bits becomes integers of 16 bits, each run of 32 with a power of two as its scale: that is exact for every
+// number that is at least 2**-7 (bf16; fp16: 2**-4) of the greatest in its run, and off by 2**-16 of that at most for
+// others. Integers are multiplied and added in pairs, twice as fast as floats and four times as fast as bf16.
 //
 // A zero point costs nothing inside: sum((q - zero) * scale * x) is sum(q * scale * x) less zero * scale * sum(x) of
-// each group, and the sums of x are the same for all rows.
+// each run, and the sums of x are the same for all rows.
 #pragma once
 
 #include <immintrin.h>
@@ -16,261 +19,290 @@
 
 namespace {
 
-constexpr int AHEAD = 2048;  // bytes that memory is asked for before they are used
+constexpr int RUN = 32;
+// How many bytes before they are used memory is asked for. Two steps, since few requests of the nearest cache can be
+// under way at a time, and many of the next: that is a third faster than one step from memory to the nearest.
+constexpr int NEAR = 768, FAR = 6144;
+constexpr int ROWS = 4;      // of x, the most that a weight is unpacked for at once
 
-// ---- Formats: X is what x is stored as, in blocks that `arrange` writes. ----
-
-// Integers of 8 bits times floats.
-struct Int8 {
-    using X = float;
-    using Numbers = __m512;
-    static constexpr int BLOCK = 64, WIDTH = 16, PRODUCTS = 4;
-
-    static void unpack(const uint8_t* block, Numbers* out) {
-        for (int j = 0; j < PRODUCTS; j++) {
-            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(block) + j);
-            out[j] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-        }
-    }
-    static __m512 multiply(Numbers w, const X* x, __m512 sums) { return _mm512_fmadd_ps(w, _mm512_loadu_ps(x), sums); }
-    static void arrange(const float* x, X* out) { std::memcpy(out, x, sizeof(X) * BLOCK); }
+// What stands for a run of x besides its numbers. Each format says besides: ADDED, what its codes are more than the
+// numbers; unit(j), what one is worth in run j of a block.
+struct OfRun {
+    float scale, sum;
 };
 
-// Integers of 4, 2 or 1 bits times floats. A lane of 32 bits holds two words: the numbers 2i and 2i + 1 of each product.
-template <int BITS>
-struct Packed {
-    using X = float;
-    struct Numbers { __m512 even, odd; };
-    static constexpr int BLOCK = 512 / BITS, WIDTH = 32, PRODUCTS = 16 / BITS;
+// ---- x as integers. ----
 
-    static __m512 look_up(__m512i lanes) {  // the instruction reads the lowest 4 bits only
-        constexpr int MASK = (1 << BITS) - 1, MIDDLE = 1 << (BITS - 1);
-        alignas(64) static constexpr auto table = [] {
-            struct { float value[16]; } made{};
-            for (int i = 0; i < 16; i++) made.value[i] = float((i & MASK) - MIDDLE);
-            return made;
-        }();
-        return _mm512_permutexvar_ps(lanes, _mm512_load_ps(table.value));
+struct Shorts {
+    using X = int16_t;
+
+    // The scale is 2**(e - 14), the greatest number of the run being at least 2**e and less than 2**(e + 1).
+    static OfRun arrange(const float* x, X* out) {
+        uint32_t greatest = 0;
+        for (int k = 0; k < RUN; k++) greatest = std::max(greatest, as_bits(x[k]) & 0x7fffffff);
+        const uint32_t exponent = greatest >> 23;
+        const bool ordinary = exponent > 14 && exponent < 255;
+        const float inverse = ordinary ? as_float((268 - exponent) << 23) : 0;
+        int32_t sum = 0;
+        for (int k = 0; k < RUN; k++) sum += out[k] = int16_t(__builtin_rintf(x[k] * inverse));
+        const float scale = ordinary ? as_float((exponent - 14) << 23) : exponent < 255 ? 0 : __builtin_nanf("");
+        return {scale, float(sum) * scale};
+    }
+    static __m512 multiply(__m512i w, const X* x) {
+        return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
+    }
+};
+
+struct Int8Shorts : Shorts {
+    using Numbers = __m512i;
+    static constexpr int RUNS = 2, ADDED = 0;
+    static constexpr float unit(int) { return 1; }
+
+    static void unpack(const uint8_t* block, Numbers* out) {
+        for (int j = 0; j < RUNS; j++)
+            out[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block) + j));
+    }
+};
+
+// The codes stay where they are in their words, times 2**(BITS * j); only the uppermost, where a sign would be, move.
+template <int BITS>
+struct PackedShorts : Shorts {
+    using Numbers = __m512i;
+    static constexpr int RUNS = 16 / BITS, ADDED = 1 << (BITS - 1);
+    static constexpr float unit(int j) { return j == RUNS - 1 ? 1 : 1.0f / float(1 << (BITS * j)); }
+
+    static void unpack(const uint8_t* block, Numbers* out) {
+        const __m512i words = _mm512_loadu_si512(block);
+        for (int j = 0; j < RUNS - 1; j++)
+            out[j] = _mm512_and_si512(words, _mm512_set1_epi16(short(((1 << BITS) - 1) << (BITS * j))));
+        out[RUNS - 1] = _mm512_srli_epi16(words, 16 - BITS);
+    }
+};
+
+// ---- x as floats. ----
+
+struct Floats {
+    using X = float;
+    struct Numbers { __m512 first, second; };
+
+    static OfRun arrange(const float* x, X* out) {
+        std::memcpy(out, x, RUN * sizeof(X));
+        return {1, sum(x)};
+    }
+    static float sum(const float* x) {
+        return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)));
+    }
+    static __m512 multiply(const Numbers& w, const X* x) {
+        return _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + 16), _mm512_mul_ps(w.first, _mm512_loadu_ps(x)));
+    }
+};
+
+struct Int8Floats : Floats {
+    static constexpr int RUNS = 2, ADDED = 0;
+    static constexpr float unit(int) { return 1; }
+
+    static __m512 widen(const uint8_t* bytes) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
+    }
+    static void unpack(const uint8_t* block, Numbers* out) {
+        for (int j = 0; j < RUNS; j++) out[j] = {widen(block + RUN * j), widen(block + RUN * j + 16)};
+    }
+};
+
+// Lanes of 32 bits hold two words: the even and the odd numbers of each run.
+template <int BITS>
+struct PackedFloats : Floats {
+    static constexpr int RUNS = 16 / BITS, ADDED = 0;
+    static constexpr float unit(int) { return 1; }
+
+    static __m512 look_up(__m512i lanes) {  // the instruction reads their lowest 4 bits only
+        float table[16];
+        for (int i = 0; i < 16; i++) table[i] = float((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
+        return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(table));
     }
     static void unpack(const uint8_t* block, Numbers* out) {
         const __m512i lanes = _mm512_loadu_si512(block);
-        for (int j = 0; j < PRODUCTS; j++)
+        for (int j = 0; j < RUNS; j++)
             out[j] = {look_up(_mm512_srli_epi32(lanes, BITS * j)), look_up(_mm512_srli_epi32(lanes, 16 + BITS * j))};
     }
-    static __m512 multiply(Numbers w, const X* x, __m512 sums) {
-        sums = _mm512_fmadd_ps(w.even, _mm512_loadu_ps(x), sums);
-        return _mm512_fmadd_ps(w.odd, _mm512_loadu_ps(x + 16), sums);
-    }
-    static void arrange(const float* x, X* out) {
-        for (int k = 0; k < BLOCK; k++) out[k / 32 * 32 + k % 2 * 16 + k % 32 / 2] = x[k];
+    static OfRun arrange(const float* x, X* out) {
+        for (int k = 0; k < RUN; k++) out[k % 2 * 16 + k / 2] = x[k];
+        return {1, sum(x)};
     }
 };
 
-#if defined(__AVX512BF16__)
-inline __m512 multiply_bf16(__m512i w, const uint16_t* x, __m512 sums) {
-    return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
-}
-
-// Integers of 4, 2 or 1 bits times bf16, which holds them exactly.
-template <int BITS>
-struct PackedBf16 {
-    using X = uint16_t;
-    using Numbers = __m512i;
-    static constexpr int BLOCK = 512 / BITS, WIDTH = 32, PRODUCTS = 16 / BITS;
+// The bits of e4m3 are those of a half with fewer bits, whose exponent has another bias: it is 2**-8 of the number.
+struct Fp8Floats : Floats {
+    static constexpr int RUNS = 2, ADDED = 0;
+    static constexpr float unit(int) { return 256; }
 
     static void unpack(const uint8_t* block, Numbers* out) {
-        constexpr int MASK = (1 << BITS) - 1, MIDDLE = 1 << (BITS - 1);
-        alignas(64) uint16_t table[32];
-        for (int i = 0; i < 32; i++) table[i] = to_bf16(float((i & MASK) - MIDDLE));
-        const __m512i words = _mm512_loadu_si512(block), values = _mm512_load_si512(table);
-        for (int j = 0; j < PRODUCTS; j++)  // the instruction reads the lowest 5 bits only
-            out[j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, BITS * j), values);
-    }
-    static __m512 multiply(Numbers w, const X* x, __m512 sums) { return multiply_bf16(w, x, sums); }
-    static void arrange(const float* x, X* out) {
-        for (int k = 0; k < BLOCK; k++) out[k] = to_bf16(x[k]);
+        for (int j = 0; j < RUNS; j++) {
+            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block) + j);
+            const __m512i moved = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);  // with the sign in two bits
+            const __m512i halves = _mm512_and_si512(moved, _mm512_set1_epi16(short(0xbfff)));
+            out[j] = {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+                      _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+        }
     }
 };
-#endif
-
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-// e4m3 times bf16, which holds it exactly: the upper and lower bytes come out of two tables.
-struct Fp8Bf16 {
-    using X = uint16_t;
-    using Numbers = __m512i;
-    static constexpr int BLOCK = 64, WIDTH = 32, PRODUCTS = 2;
-
-    static void unpack(const uint8_t* block, Numbers* out) {
-        alignas(64) static const auto tables = [] {
-            struct { uint8_t low[128], high[128]; } made;
-            for (int i = 0; i < 128; i++) {
-                const uint16_t value = to_bf16(from_fp8(uint8_t(i)));
-                made.low[i] = uint8_t(value);
-                made.high[i] = uint8_t(value >> 8);
-            }
-            return made;
-        }();
-        const auto look_up = [](const uint8_t* table, __m512i bytes) {  // reads the lowest 7 bits only
-            return _mm512_permutex2var_epi8(_mm512_load_si512(table), bytes, _mm512_load_si512(table + 64));
-        };
-        const __m512i bytes = _mm512_loadu_si512(block), low = look_up(tables.low, bytes);
-        const __m512i sign = _mm512_and_si512(bytes, _mm512_set1_epi8(char(0x80)));
-        const __m512i high = _mm512_or_si512(look_up(tables.high, bytes), sign);
-        out[0] = _mm512_unpacklo_epi8(low, high);
-        out[1] = _mm512_unpackhi_epi8(low, high);
-    }
-    static __m512 multiply(Numbers w, const X* x, __m512 sums) { return multiply_bf16(w, x, sums); }
-    static void arrange(const float* x, X* out) {  // unpacklo and unpackhi split each 16 bytes into halves
-        for (int k = 0; k < BLOCK; k++) out[k / 8 % 2 * 32 + k / 16 * 8 + k % 8] = to_bf16(x[k]);
-    }
-};
-#endif
 
 // ---- The product. ----
 
-// One row of the weight, `blocks` blocks and, unless null, the block `tail`, times ROWS rows of x.
-template <class F, int CHAIN, int ROWS>
-void multiply_row(const uint8_t* row, int64_t blocks, const uint8_t* tail, const float* scales,
-                  const typename F::X* x, int64_t stride, float* out) {
-    constexpr int CHAINS = F::BLOCK / CHAIN, LINKS = CHAIN / F::WIDTH, SUMS = std::min(CHAINS, 4);
-    __m512 sums[ROWS][SUMS];
-    for (auto& of_row : sums)
-        for (auto& sum : of_row) sum = _mm512_setzero_ps();
-    const auto add = [&](const uint8_t* block) __attribute__((always_inline)) {
-        typename F::Numbers w[F::PRODUCTS];
+// One row of the weight, `blocks` blocks and, unless null, the block `tail`, times M rows of x with their scales of
+// runs, which are `stride` and `runs` numbers apart.
+template <class F, int M>
+void multiply_row(const uint8_t* row, int64_t blocks, const uint8_t* tail, const typename F::X* x, int64_t stride,
+                  const float* scales, int64_t runs, float* out) {
+    constexpr int SUMS = std::min(F::RUNS, 4);
+    __m512 sums[M][SUMS];
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < SUMS; i++) sums[m][i] = _mm512_setzero_ps();
+    const auto add = [&](const uint8_t* block, int64_t b) __attribute__((always_inline)) {
+        typename F::Numbers w[F::RUNS];
         F::unpack(block, w);
-        for (int c = 0; c < CHAINS; c++) {
-            const __m512 scale = _mm512_set1_ps(scales[c]);
-            for (int m = 0; m < ROWS; m++) {
-                __m512 part = _mm512_setzero_ps();
-                for (int j = c * LINKS; j < (c + 1) * LINKS; j++)
-                    part = F::multiply(w[j], x + m * stride + j * F::WIDTH, part);
-                sums[m][c % SUMS] = _mm512_fmadd_ps(part, scale, sums[m][c % SUMS]);
+        for (int j = 0; j < F::RUNS; j++)
+            for (int m = 0; m < M; m++) {
+                const __m512 products = F::multiply(w[j], x + m * stride + (b * F::RUNS + j) * RUN);
+                const __m512 scale = _mm512_set1_ps(scales[m * runs + b * F::RUNS + j]);
+                sums[m][j % SUMS] = _mm512_fmadd_ps(products, scale, sums[m][j % SUMS]);
             }
-        }
-        scales += CHAINS;
-        x += F::BLOCK;
     };
     for (int64_t b = 0; b < blocks; b++) {
-        _mm_prefetch(reinterpret_cast<const char*>(row + 64 * b + AHEAD), _MM_HINT_T0);
-        add(row + 64 * b);
+        _mm_prefetch(reinterpret_cast<const char*>(row + 64 * b + NEAR), _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(row + 64 * b + FAR), _MM_HINT_T1);
+        add(row + 64 * b, b);
     }
-    if (tail) add(tail);
-    for (int m = 0; m < ROWS; m++) {
+    if (tail) add(tail, blocks);
+    for (int m = 0; m < M; m++) {
         __m512 sum = sums[m][0];
         for (int i = 1; i < SUMS; i++) sum = _mm512_add_ps(sum, sums[m][i]);
         out[m] = _mm512_reduce_add_ps(sum);
     }
 }
 
-// Scales of a row, one for each chain of CHAIN numbers, and zero * scale of each group.
-struct Scales {
-    const Weight& weight;
-    int64_t chains, repeats;
-    float *of_chains, *offsets;
-
-    void read(int64_t n) const {
-        const int64_t G = weight.groups;
-        to_floats(weight.scale, weight.scale_type, n * G, G, of_chains);
-        if (weight.zero) {
-            to_floats(weight.zero, weight.zero_type, n * G, G, offsets);
-            for (int64_t g = 0; g < G; g++) offsets[g] *= of_chains[g];
-        }
-        if (repeats > 1)  // from the back, so that none is overwritten before it was read
-            for (int64_t c = chains - 1; c > 0; c--) of_chains[c] = of_chains[std::min(c / repeats, G - 1)];
-    }
+// Rows of x in runs, and which groups of the weight the runs belong to.
+struct Runs {
+    int64_t stride, count;  // numbers, and runs, in memory for each row; a multiple of 16 runs
+    float *scales, *sums;
+    int32_t *base, *beyond;  // of each run: the group of the first of its 16, and how many groups it is beyond that
 };
 
-// Sums over the groups of x [K].
-inline void sums_of_groups(const float* x, const Weight& weight, float* out) {
-    for (int64_t g = 0; g < weight.groups; g++) {
-        const int64_t last = std::min((g + 1) * weight.group_size, weight.K);
-        float sum = 0;
-#pragma omp simd reduction(+ : sum)
-        for (int64_t k = g * weight.group_size; k < last; k++) sum += x[k];
-        out[g] = sum;
+// x [M, K] as a format wants it: the runs, and their numbers.
+template <class F>
+Runs arrange(const void* x, Dtype type, int64_t M, const Weight& weight, typename F::X*& numbers) {
+    const int64_t stride = round_up(weight.K, F::RUNS * RUN), count = round_up(stride / RUN, 16);
+    float* const scales = scratch<0>(M * (2 * count + stride) + stride + 2 * count);
+    float *const sums = scales + M * count, *const wide = sums + M * count;
+    int32_t *const base = reinterpret_cast<int32_t*>(wide + stride), *const beyond = base + count;
+    numbers = reinterpret_cast<typename F::X*>(beyond + count);
+    std::fill(scales, wide + stride, 0.0f);
+    for (int64_t m = 0; m < M; m++) {
+        to_floats(x, type, m * weight.K, weight.K, wide);
+        for (int64_t r = 0; r < stride / RUN; r++) {
+            const OfRun of_run = F::arrange(wide + r * RUN, numbers + m * stride + r * RUN);
+            scales[m * count + r] = of_run.scale * F::unit(int(r % F::RUNS));
+            sums[m * count + r] = of_run.sum;
+        }
     }
+    const int64_t repeats = weight.groups == 1 ? count : weight.group_size / RUN;
+    int64_t group = 0;
+    for (int64_t r = 0, left = repeats; r < count; r++, left--) {
+        if (!left) {
+            left = repeats;
+            group = std::min(group + 1, weight.groups - 1);
+        }
+        base[r] = r % 16 ? base[r - 1] : int32_t(group);
+        beyond[r] = int32_t(group) - base[r];
+    }
+    return {stride, count, scales, sums, base, beyond};
 }
 
-template <class F, int CHAIN>
+inline __m512 load_floats(const void* source, Dtype type, int64_t start, __mmask16 mask) {
+    if (type == FP32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(source) + start);
+    if (type == INT8) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(source) + start);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    }
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(source) + start);
+    return type == FP16 ? _mm512_cvtph_ps(halves)
+                        : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// For M rows of x from row m on: the scales of their runs times those of the weight's row n, into `out`; and what its
+// zero points, and what was added to its codes, make of the sums of x, into `offsets`.
+template <Dtype SCALE>
+void scale_runs(const Runs& x, int64_t m, int64_t M, const Weight& weight, int64_t n, int added, float* out,
+                float* offsets) {
+    const int64_t G = weight.groups;
+    __m512 offset[ROWS];
+    for (int i = 0; i < ROWS; i++) offset[i] = _mm512_setzero_ps();
+    for (int64_t r = 0; r < x.count; r += 16) {
+        const int64_t first = x.base[r], at = n * G + first;
+        const __mmask16 mask = __mmask16((1u << std::min<int64_t>(16, G - first)) - 1);
+        const __m512i beyond = _mm512_loadu_si512(x.beyond + r);
+        const __m512 scale = _mm512_permutexvar_ps(beyond, load_floats(weight.scale, SCALE, at, mask));
+        __m512 shift = _mm512_mul_ps(scale, _mm512_set1_ps(float(added)));
+        if (weight.zero) {
+            const __m512 zero = _mm512_permutexvar_ps(beyond, load_floats(weight.zero, weight.zero_type, at, mask));
+            shift = _mm512_fmadd_ps(scale, zero, shift);
+        }
+        _mm_prefetch(static_cast<const char*>(weight.scale) + 2 * at + 2048, _MM_HINT_T0);
+        for (int64_t i = 0; i < M; i++) {
+            const int64_t of_x = (m + i) * x.count + r;
+            _mm512_storeu_ps(out + i * x.count + r, _mm512_mul_ps(scale, _mm512_loadu_ps(x.scales + of_x)));
+            offset[i] = _mm512_fmadd_ps(shift, _mm512_loadu_ps(x.sums + of_x), offset[i]);
+        }
+    }
+    for (int64_t i = 0; i < M; i++) offsets[i] = _mm512_reduce_add_ps(offset[i]);
+}
+
+template <class F>
 void linear_by_blocks(const void* x, Dtype type, int64_t M, const Weight& weight, const void* bias, void* out,
                       int threads) {
-    using X = typename F::X;
-    const int64_t N = weight.N, K = weight.K, groups = round_up(weight.groups, PAD);
-    const int64_t rest = weight.bits == 8 ? K % F::BLOCK : 0, stride = round_up(K, F::BLOCK);
-    const int64_t blocks = (stride - (rest ? F::BLOCK : 0)) / F::BLOCK, chains = stride / CHAIN;
-    const int64_t repeats = weight.groups == 1 ? chains : weight.group_size / CHAIN;
-    float* const sums_of_x = scratch<0>(M * (stride + groups) + stride);
-    float* const wide = sums_of_x + M * groups;
-    X* const arranged = reinterpret_cast<X*>(wide + stride);
-    std::fill(sums_of_x, wide + stride, 0.0f);
-    for (int64_t m = 0; m < M; m++) {
-        to_floats(x, type, m * K, K, wide);
-        for (int64_t k = 0; k < stride; k += F::BLOCK) F::arrange(wide + k, arranged + m * stride + k);
-        if (weight.zero) sums_of_groups(wide, weight, sums_of_x + m * groups);
-    }
+    constexpr int64_t BLOCK = F::RUNS * RUN;
+    const int64_t N = weight.N, rest = weight.bits == 8 ? weight.K % BLOCK : 0;
+    typename F::X* numbers;
+    const Runs runs = arrange<F>(x, type, M, weight, numbers);
+    const int64_t stride = runs.stride, blocks = stride / BLOCK - (rest ? 1 : 0);
+    const auto scale = weight.scale_type == BF16   ? scale_runs<BF16>
+                       : weight.scale_type == FP16 ? scale_runs<FP16>
+                                                   : scale_runs<FP32>;
     in_parts(N, threads, [&](int64_t first, int64_t last) {
-        const int64_t most = round_up(chains, PAD);
-        float* const own = scratch<1>(most + groups);
-        std::fill(own, own + most + groups, 0.0f);
-        const Scales scales{weight, chains, repeats, own, own + most};
+        float* const scales = scratch<1>(ROWS * runs.count);
         uint8_t tail[64] = {};
         for (int64_t n = first; n < last; n++) {
             const uint8_t* const row = weight.row(n);
-            scales.read(n);
             if (rest) std::memcpy(tail, row + 64 * blocks, rest);
             for (int64_t m = 0, rows; m < M; m += rows) {
-                float product[4];
                 rows = M - m >= 4 ? 4 : M - m >= 2 ? 2 : 1;
-                const auto multiply = rows == 4   ? multiply_row<F, CHAIN, 4>
-                                      : rows == 2 ? multiply_row<F, CHAIN, 2>
-                                                  : multiply_row<F, CHAIN, 1>;
-                multiply(row, blocks, rest ? tail : nullptr, scales.of_chains, arranged + m * stride, stride, product);
-                for (int64_t i = 0; i < rows; i++) {
-                    if (weight.zero) product[i] -= dot(scales.offsets, sums_of_x + (m + i) * groups, groups);
-                    store(product[i], bias, type, n, (m + i) * N + n, out);
-                }
+                float offsets[ROWS], products[ROWS];
+                scale(runs, m, rows, weight, n, F::ADDED, scales, offsets);
+                const auto multiply = rows == 4   ? multiply_row<F, 4>
+                                      : rows == 2 ? multiply_row<F, 2>
+                                                  : multiply_row<F, 1>;
+                multiply(row, blocks, rest ? tail : nullptr, numbers + m * stride, stride, scales, runs.count,
+                         products);
+                for (int64_t i = 0; i < rows; i++)
+                    put(products[i] - offsets[i] + (bias ? get(bias, type, n) : 0), type, out, (m + i) * N + n);
             }
         }
     });
 }
 
-// The longest chain that no group's end divides; false if there is none.
-template <class F, int CHAIN>
-bool linear_by_chains(const void* x, Dtype type, int64_t M, const Weight& weight, const void* bias, void* out,
-                      int threads) {
-    if (weight.groups == 1 || weight.group_size % CHAIN == 0) {
-        linear_by_blocks<F, CHAIN>(x, type, M, weight, bias, out, threads);
-        return true;
-    }
-    if constexpr (CHAIN > F::WIDTH)
-        return linear_by_chains<F, CHAIN / 2>(x, type, M, weight, bias, out, threads);
-    return false;
-}
-
 // As `torchchat_linear`; false, with nothing done, for what there is no fast code for.
 inline bool fast_linear(const void* x, Dtype type, int64_t M, const Weight& weight, const void* bias, void* out,
                         int threads) {
-#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
-    if (weight.kind == FP8 && type == BF16 && (weight.groups == 1 || weight.group_size % 64 == 0)) {
-        linear_by_blocks<Fp8Bf16, 64>(x, type, M, weight, bias, out, threads);
-        return true;
-    }
-#endif
-    if (weight.kind == FP8) return false;
-    if (weight.bits == 8) return linear_by_chains<Int8, 64>(x, type, M, weight, bias, out, threads);
-#if defined(__AVX512BF16__)
-    if (type == BF16) {
-        const auto linear = weight.bits == 4   ? linear_by_chains<PackedBf16<4>, 128>
-                            : weight.bits == 2 ? linear_by_chains<PackedBf16<2>, 128>
-                                               : linear_by_chains<PackedBf16<1>, 128>;
-        return linear(x, type, M, weight, bias, out, threads);
-    }
-#endif
-    const auto linear = weight.bits == 4   ? linear_by_chains<Packed<4>, 128>
-                        : weight.bits == 2 ? linear_by_chains<Packed<2>, 128>
-                                           : linear_by_chains<Packed<1>, 128>;
-    return linear(x, type, M, weight, bias, out, threads);
+    if (weight.groups > 1 && weight.group_size % RUN) return false;
+    const bool shorts = type != FP32;
+    const auto linear =
+        weight.kind == FP8 ? linear_by_blocks<Fp8Floats>
+        : weight.bits == 8 ? (shorts ? linear_by_blocks<Int8Shorts> : linear_by_blocks<Int8Floats>)
+        : weight.bits == 4 ? (shorts ? linear_by_blocks<PackedShorts<4>> : linear_by_blocks<PackedFloats<4>>)
+        : weight.bits == 2 ? (shorts ? linear_by_blocks<PackedShorts<2>> : linear_by_blocks<PackedFloats<2>>)
+                           : (shorts ? linear_by_blocks<PackedShorts<1>> : linear_by_blocks<PackedFloats<1>>);
+    linear(x, type, M, weight, bias, out, threads);
+    return true;
 }
 
 }  // namespace

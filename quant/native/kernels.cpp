@@ -35,9 +35,8 @@ void dequantize_row(const Weight& weight, int64_t n, float* __restrict out) {
         unpack<1>(row, weight.K, out);
     for (int64_t g = 0; g < weight.groups; g++) {
         const int64_t first = g * weight.group_size, last = std::min(first + weight.group_size, weight.K);
-        float scale, zero = 0;
-        to_floats(weight.scale, weight.scale_type, n * weight.groups + g, 1, &scale);
-        if (weight.zero) to_floats(weight.zero, weight.zero_type, n * weight.groups + g, 1, &zero);
+        const float scale = get(weight.scale, weight.scale_type, n * weight.groups + g);
+        const float zero = weight.zero ? get(weight.zero, weight.zero_type, n * weight.groups + g) : 0;
         for (int64_t k = first; k < last; k++) out[k] = (out[k] - zero) * scale;
     }
 }
@@ -61,7 +60,7 @@ void linear_by_rows(const void* x, Dtype type, int64_t M, const Weight& weight, 
             dequantize_row(weight, n, row);
             std::fill(row + weight.K, row + row_floats, 0.0f);
             for (int64_t m = 0; m < M; m++)
-                store(dot(row, wide + m * stride, stride), bias, type, n, m * weight.N + n, out);
+                put(dot(row, wide + m * stride, stride) + (bias ? get(bias, type, n) : 0), type, out, m * weight.N + n);
         }
     });
 }

@@ -82,6 +82,20 @@ inline float from_fp8(uint8_t byte) {
     return as_float(bits | uint32_t(byte & 0x80) << 24);
 }
 
+inline float get(const void* source, Dtype type, int64_t i) {
+    if (type == FP32) return static_cast<const float*>(source)[i];
+    if (type == INT8) return static_cast<const int8_t*>(source)[i];
+    const uint16_t half = static_cast<const uint16_t*>(source)[i];
+    return type == BF16 ? from_bf16(half) : from_fp16(half);
+}
+
+inline void put(float value, Dtype type, void* out, int64_t i) {
+    if (type == FP32)
+        static_cast<float*>(out)[i] = value;
+    else
+        static_cast<uint16_t*>(out)[i] = type == BF16 ? to_bf16(value) : to_fp16(value);
+}
+
 // `count` numbers of `type` from position `start` on, as floats.
 inline void to_floats(const void* source, Dtype type, int64_t start, int64_t count, float* __restrict out) {
     if (type == FP32) {
@@ -162,15 +176,6 @@ float* scratch(int64_t floats) {
     thread_local std::vector<float> memory;
     if (int64_t(memory.size()) < floats + 16) memory.resize(floats + 16);
     return reinterpret_cast<float*>(round_up(reinterpret_cast<intptr_t>(memory.data()), 64));
-}
-
-inline void store(float value, const void* bias, Dtype type, int64_t n, int64_t at, void* out) {
-    if (bias) {
-        float addend;
-        to_floats(bias, type, n, 1, &addend);
-        value += addend;
-    }
-    from_floats(&value, type, at, 1, out);
 }
 
 }  // namespace

@@ -194,7 +194,7 @@ def make_engine(prepared: Prepared, model: Transformer, max_seq_len: int, keep_i
         prefill_chunk=PREFILL_CHUNK[device.type],
         prefill_fn=steps.prefill,
         decode_fn=steps.decode,
-        prepare_fn=steps.prepare if compiled else None,
+        prepare_fn=steps.prepare if compiled or steps.captures else None,
         ledger=ledger,
     )
 

@@ -1,7 +1,8 @@
 """What is compiled, how, and the cache of it that lasts between runs. Knows the steps and their tensors; not who asks.
 
 A step is compiled ahead of time, with every tensor it touches as an input, into one file that is kept: the next run
-loads that with no tracing. On CUDA the decode step is captured into a graph besides.
+loads that with no tracing. On CUDA the decode step, compiled or not, is captured into a graph: the GPU would wait for the
+host otherwise, which takes longer to issue the kernels of a step than the GPU to run them.
 """
 
 import os
@@ -24,7 +25,9 @@ from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Program
 from generate.sampling import RowParams, SamplingPlan
 from generate.stats import Ledger
 from generate.step import DecodeState, LanguageModel
+from model import kernels
 from model.kv_cache import KVCache
+from model.tracing import tracing
 from model.transformer import Transformer
 
 LEAST_LENGTHS = 8
@@ -88,7 +91,8 @@ class CompiledSteps:
         self.compile_decode, self.compile_prefill = compile_decode, compile_prefill
         self.prefill_chunk = prefill_chunk
         self.cache_dir = cache_dir
-        if compile_decode or compile_prefill:
+        self.captures = any(kernels.usable(p) for p in model.parameters() if p.is_floating_point())
+        if compile_decode or compile_prefill or self.captures:
             let_compilers_keep(cache_dir)
         self.ledger, self.report = ledger, report
         self._decoders: dict[tuple[int, SamplingPlan], Callable[[Tensor], Tensor]] = {}
@@ -102,14 +106,14 @@ class CompiledSteps:
             self._prefill(cache, state, plan)
             if prompt_tokens > self.prefill_chunk:  # the chunks before the last one are read with the greedy plan
                 self._prefill(cache, state, SamplingPlan())
-        if self.compile_decode:
+        if self.compile_decode or self.captures:
             self._decoder(cache, state, slots_B, plan)
 
     def decode(
         self, model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan
     ) -> Tensor:
         """`generate.step.decode`."""
-        if not self.compile_decode:
+        if not (self.compile_decode or self.captures):
             return step.decode(model, cache, state, slots_B, plan)
         return self._decoder(cache, state, slots_B, plan)(slots_B)
 
@@ -145,9 +149,15 @@ class CompiledSteps:
                 model, its_cache, its_state, (slots,) = tensors.restore(inputs)
                 return step.decode(model, its_cache, its_state, slots, plan)
 
+            def eager(inputs: list[Tensor]) -> Tensor:
+                with tracing():
+                    return step.decode(self.model, cache, state, inputs[-1], plan)
+
             what = "decode" if key[0] == 1 else f"decode, batch {key[0]}"
             with self.ledger.phase("compile"):
-                program = self._program("--compile", what, traced, [*flat, slots_B], {}, 0, repr(key))
+                program: Program = eager
+                if self.compile_decode:
+                    program = self._program("--compile", what, traced, [*flat, slots_B], {}, 0, repr(key))
                 if slots_B.is_cuda:
                     self._decoders[key] = _captured(program, flat, slots_B, state)
                 else:

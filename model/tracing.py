@@ -1,4 +1,6 @@
-"""Whether a step is being traced to be compiled: then custom ops stand for what the compiler must not look into."""
+"""Whether a step is being written down, for a compiler or a CUDA graph, rather than run: then custom ops stand for what
+a compiler must not look into, and whatever waits for the host is out of place.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ def is_tracing() -> bool:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """While this is open, the model writes itself down for a compiler."""
+    """While this is open, the model writes itself down."""
     global _tracing
     _tracing = True
     try:

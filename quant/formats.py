@@ -10,8 +10,8 @@ Activation = Literal["int8", "int8-symmetric", "fp8"]
 """How the inputs are quantized, a scale for each token: to 8-bit integers with a zero point ("int8") or without
 ("int8-symmetric"), or to float8 ("fp8")."""
 
-BLOCK_BITS = 512
-"""Numbers of fewer than 8 bits are stored in blocks of this many bits; a row takes whole blocks."""
+RUN = 32
+"""Numbers of fewer than 8 bits are stored so many together; a row takes whole runs of them."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,9 @@ class Format:
     def storage(self) -> tuple[str, int, int, bool]:
         return (self.kind, self.bits, self.group_size, self.has_zero)
 
-    @property
-    def block(self) -> int:
-        """Numbers in a block; the length of a stored row is a multiple of it."""
-        return 1 if self.bits == 8 else BLOCK_BITS // self.bits
-
     def padded_width(self, K: int) -> int:
         """The length of a row of K numbers as stored."""
-        return -(-K // self.block) * self.block
+        return K if self.bits == 8 else -(-K // RUN) * RUN
 
     def values_bytes(self, N: int, K: int) -> int:
         """Bytes of the numbers alone."""

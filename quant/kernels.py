@@ -17,7 +17,9 @@ DEQUANTIZE_BLOCK = 1024
 
 def usable(x: Tensor, kind: str) -> bool:
     """Whether the kernels take numbers of this kind on x's device."""
-    return HAS_TRITON and x.is_cuda and (kind == "int" or _has_float8(x.device.index or 0))
+    if not HAS_TRITON or not x.is_cuda or torch.version.hip is not None:  # NVIDIA's own instructions are in them
+        return False
+    return kind == "int" or _has_float8(x.device.index or 0)
 
 
 @functools.cache
@@ -28,9 +30,9 @@ def _has_float8(device: int) -> bool:
 def gemv_config(N: int, K: int, bits: int, gated: bool) -> dict[str, int]:
     """Block sizes and warps, from measurements on an H200 (docs/benchmarks.md)."""
     if bits == 8:
-        return {"BLOCK_N": 2 if gated else 4, "BLOCK_K": min(2048, next_power_of_2(K)), "num_warps": 4}
-    quads = -(-K // 128) * 4
-    return {"BLOCK_N": 2 if gated else 4, "BLOCK_Q": min(128, next_power_of_2(quads)), "num_warps": 4}
+        return {"BLOCK_N": 2 if gated else 4, "BLOCK_K": min(2048, max(16, next_power_of_2(K))), "num_warps": 4}
+    words = -(-K // 32) * 4
+    return {"BLOCK_N": 4 if gated else 8, "BLOCK_W": min(512, next_power_of_2(words)), "num_warps": 4}
 
 
 def gemv(
@@ -52,17 +54,18 @@ def gemv(
         "RESIDUAL": residual is not None, "GATE": GATES[gate], "OVERLAP": overlap,
     }  # fmt: skip
     if zero is not None and not group_size:
-        same["GROUP"] = next_power_of_2(K)
+        same["GROUP"] = max(32, next_power_of_2(K))
     groups = scale.shape[1]
     if bits == 8:
         triton_kernels.gemv_8bit_kernel[grid](
-            x, values, scale, zero, norm, bias, residual, out, N, K, groups, eps, multiplier, **same, **config, **extra
-        )
+            x, values, scale, zero, norm, bias, residual, out, N, K, groups, eps, multiplier,
+            STEPS=-(-K // config["BLOCK_K"]), **same, **config, **extra,
+        )  # fmt: skip
     else:
         words = values.view(torch.int32)
         triton_kernels.gemv_4bit_kernel[grid](
             x, words, scale, zero, norm, bias, residual, out, N, K, words.shape[1], groups, eps, multiplier,
-            **same, **config, **extra,
+            STEPS=-(-words.shape[1] // config["BLOCK_W"]), **same, **config, **extra,
         )  # fmt: skip
     return out
 

@@ -3,30 +3,24 @@ device; the fast kernels read the same layout. Knows tensors; not which scheme c
 
 A weight [N, K] is `values`, `scale` [N, G] and perhaps `zero` [N, G], one of each for the `group_size` numbers of a row
 that share them (0: all of a row): weight = (number - zero) * scale. Numbers of 8 bits are int8, or float8_e4m3fn, [N,
-K]. Smaller ones are codes, number + 2**(bits - 1), in blocks of 64 bytes, which hold 512 / bits of them: 32 little-
-endian 16-bit words, of which word i has the numbers 32 * j + i of the block at its bits `bits * j`. So a vector of
-words, shifted, gives numbers that lie side by side. The last block of a row is filled up with the code of 0.
+K]. Smaller ones are codes, number + 2**(bits - 1). 32 neighbours take `bits` little-endian words of 32 bits: number k of
+them is in word k % bits, at its bits k // bits * bits. So words, shifted by the same, give numbers that lie side by
+side, and all that a thread of a GPU reads at once has one scale. The last 32 of a row are filled up with the code of 0.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WORDS = 32
-"""16-bit words in a block."""
-
-
-def block_numbers(bits: int) -> int:
-    """How many numbers a block holds."""
-    return WORDS * 16 // bits
+from quant.formats import RUN
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
-    """Signed numbers, int8 [N, K], as codes of `bits` (4, 2 or 1): uint8 [N, blocks * 64]."""
+    """Signed numbers, int8 [N, K], as codes of `bits` (4, 2 or 1): uint8 [N, runs * 4 * bits]."""
     N, K = numbers.shape
     codes = (numbers + (1 << (bits - 1))).to(torch.uint8)
-    codes = F.pad(codes, (0, -K % block_numbers(bits)), value=1 << (bits - 1))
-    codes = codes.view(N, -1, 2, 8 // bits, WORDS)  # [.., byte of the word, number of the byte, word]
+    codes = F.pad(codes, (0, -K % RUN), value=1 << (bits - 1))
+    codes = codes.view(N, -1, 4, 8 // bits, bits)  # [.., byte of the word, code of the byte, word]
     packed = codes[:, :, :, 0]
     for j in range(1, 8 // bits):
         packed = packed | codes[:, :, :, j] << (bits * j)
@@ -34,8 +28,8 @@ def pack(numbers: Tensor, bits: int) -> Tensor:
 
 
 def unpack(values: Tensor, K: int, bits: int) -> Tensor:
-    """The inverse of `pack`, of rows of any shape: uint8 [..., blocks * 64] -> int8 [..., K]."""
-    packed = values.view(*values.shape[:-1], -1, WORDS, 2).transpose(-1, -2)  # [.., block, byte of the word, word]
+    """The inverse of `pack`, of rows of any shape: uint8 [..., runs * 4 * bits] -> int8 [..., K]."""
+    packed = values.view(*values.shape[:-1], -1, bits, 4).transpose(-1, -2)  # [.., run, byte of the word, word]
     mask = (1 << bits) - 1
     codes = torch.stack([packed >> (bits * j) & mask for j in range(8 // bits)], dim=-2)
     return (codes.flatten(-4)[..., :K].to(torch.int8) - (1 << (bits - 1))).contiguous()

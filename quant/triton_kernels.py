@@ -20,55 +20,86 @@ def _inputs(x_ptr, norm_ptr, at, mask, NORM: tl.constexpr, PLUS_ONE: tl.constexp
 
 
 @triton.jit
+def _float(numbers):
+    """int8 or float8 as float32. A byte in the low bits of the float 2**23 adds what it is worth there: to put it in
+    and to take the float away is four times as fast as the conversion of an integer, and exact.
+    """
+    if numbers.dtype != tl.int8:
+        return numbers.to(tl.float32)
+    bits = tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 bytes;
+        xor.b32 bytes, $4, 0x80808080;
+        prmt.b32 $0, bytes, 0x4B000000, 0x7440;
+        prmt.b32 $1, bytes, 0x4B000000, 0x7441;
+        prmt.b32 $2, bytes, 0x4B000000, 0x7442;
+        prmt.b32 $3, bytes, 0x4B000000, 0x7443;
+        }
+        """,
+        "=r,=r,=r,=r,r", [numbers], tl.int32, True, 4,
+    )  # fmt: skip
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 128.0)
+
+
+@triton.jit
+def _scaled(numbers, scale_ptr, zero_ptr, group, GROUP: tl.constexpr, ZERO: tl.constexpr):
+    """Numbers as the weights that they stand for, but for a scale of their whole row (GROUP 0)."""
+    weights = _float(numbers)
+    if ZERO:
+        weights -= tl.load(zero_ptr + group).to(tl.float32)
+    if GROUP != 0:
+        weights *= tl.load(scale_ptr + group).to(tl.float32)
+    return weights
+
+
+@triton.jit
 def gemv_8bit_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, N, K, G, eps, multiplier,
     GROUP: tl.constexpr, ZERO: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, OVERLAP: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """One number a byte, an integer or a float8. GROUP 0: a scale a row, applied at the end."""
+    """One number a byte, an integer or a float8. GROUP 0: a scale a row, applied at the end. STEPS: K in units of
+    BLOCK_K, rounded up; the loop is unrolled, because numbers of 8 bits that live from one turn to the next are taken apart
+    and put together again."""
+    LANES: tl.constexpr = BLOCK_K // 16  # a thread takes 16 numbers at a time, and keeps one sum of them
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_K)
     rows_there = tl.minimum(rows, N - 1).to(tl.int64)  # a row beyond the last reads the last, and is not stored
     w_ptrs = w_ptr + rows_there[:, None] * K + cols[None, :]
     gate_stride = N.to(tl.int64) * K
-    mask = (cols < K)[None, :]
     # The first numbers are on their way before the kernel that makes x has ended.
-    w = tl.load(w_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+    w = tl.load(w_ptrs, mask=(cols < K)[None, :], other=0.0, eviction_policy="evict_first")
     if GATE != 0:
-        u = tl.load(w_ptrs + gate_stride, mask=mask, other=0.0, eviction_policy="evict_first")
+        u = tl.load(w_ptrs + gate_stride, mask=(cols < K)[None, :], other=0.0, eviction_policy="evict_first")
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    up = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((BLOCK_K,), tl.float32)
-    for k in range(0, K, BLOCK_K):
-        at = k + cols
+    acc = tl.zeros((BLOCK_N, LANES), tl.float32)
+    up = tl.zeros((BLOCK_N, LANES), tl.float32)
+    squares = tl.zeros((LANES,), tl.float32)
+    for step in tl.static_range(STEPS):
+        at = step * BLOCK_K + cols
         plain, x = _inputs(x_ptr, norm_ptr, at, at < K, NORM, PLUS_ONE)
         if NORM:
-            squares += plain * plain
-        w_ptrs += BLOCK_K
-        mask = (at + BLOCK_K < K)[None, :]
-        w_next = tl.load(w_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+            squares += tl.sum(tl.reshape(plain * plain, (LANES, 16)), 1)
+        if step + 1 < STEPS:
+            w_ptrs += BLOCK_K
+            mask = (at + BLOCK_K < K)[None, :]
+            w_next = tl.load(w_ptrs, mask=mask, other=0.0, eviction_policy="evict_first")
+            if GATE != 0:
+                u_next = tl.load(w_ptrs + gate_stride, mask=mask, other=0.0, eviction_policy="evict_first")
+        group = rows_there[:, None] * G + (tl.minimum(at // GROUP, G - 1)[None, :] if GROUP != 0 else 0)
+        product = _scaled(w, scale_ptr, zero_ptr, group, GROUP, ZERO) * x[None, :]
+        acc += tl.sum(tl.reshape(product, (BLOCK_N, LANES, 16)), 2)
         if GATE != 0:
-            u_next = tl.load(w_ptrs + gate_stride, mask=mask, other=0.0, eviction_policy="evict_first")
-        number = w.to(tl.float32)
-        if GROUP != 0:
-            group = rows_there[:, None] * G + tl.minimum(at // GROUP, G - 1)[None, :]
-            if ZERO:
-                number -= tl.load(zero_ptr + group).to(tl.float32)
-            number *= tl.load(scale_ptr + group).to(tl.float32)
-        acc += number * x[None, :]
-        if GATE != 0:
-            number = u.to(tl.float32)
-            if GROUP != 0:
-                group += N.to(tl.int64) * G
-                if ZERO:
-                    number -= tl.load(zero_ptr + group).to(tl.float32)
-                number *= tl.load(scale_ptr + group).to(tl.float32)
-            up += number * x[None, :]
-            u = u_next
-        w = w_next
+            product = _scaled(u, scale_ptr, zero_ptr, group + N.to(tl.int64) * G, GROUP, ZERO) * x[None, :]
+            up += tl.sum(tl.reshape(product, (BLOCK_N, LANES, 16)), 2)
+        if step + 1 < STEPS:
+            w = w_next
+            if GATE != 0:
+                u = u_next
     y = tl.sum(acc, 1)
     z = tl.sum(up, 1) if GATE != 0 else 0.0
     if GROUP == 0:
@@ -82,94 +113,89 @@ def gemv_8bit_kernel(
 
 
 @triton.jit
-def _pairs(x_ptr, norm_ptr, at, K, NORM: tl.constexpr, PLUS_ONE: tl.constexpr):
-    """The inputs at `at` and at their next neighbours."""
-    even, even_scaled = _inputs(x_ptr, norm_ptr, at, at < K, NORM, PLUS_ONE)
-    odd, odd_scaled = _inputs(x_ptr, norm_ptr, at + 1, at + 1 < K, NORM, PLUS_ONE)
-    squares = even * even + odd * odd
-    return even_scaled, odd_scaled, squares
+def _codes(words, half: tl.constexpr, j: tl.constexpr):
+    """The codes at bits 4j of a half of each 32-bit word, less 8, times 16**j, as float32.
 
-
-@triton.jit
-def _plane(words, even, odd, j: tl.constexpr):
-    """The products with the numbers at bits 4j of both halves of each 32-bit word, times 16**j, summed over a thread's
-    words. A code in the low bits of a float32 2**23 is that float plus the code; taking the float away is exact, and
-    cheaper than a conversion.
+    A code in the low bits of the float 2**23 adds what it is worth there: to take the float away again is exact. One
+    instruction, which the compiler does not find by itself, and a subtraction are much cheaper than a conversion.
     """
-    magic: tl.constexpr = 0x4B000000
-    taken: tl.constexpr = 8388608.0 + 8.0 * 16**j
-    low = ((words & (0xF << (4 * j))) | magic).to(tl.float32, bitcast=True) - taken
-    high = (((words >> 16) & (0xF << (4 * j))) | magic).to(tl.float32, bitcast=True) - taken
-    return tl.sum(low * even[None] + high * odd[None], 2)
+    bits = tl.inline_asm_elementwise(
+        "lop3.b32 $0, $1, $2, $3, 0xEA;",  # ($1 & $2) | $3
+        "=r,r,r,r", [words >> 16 if half == 1 else words, 0xF << (4 * j), 0x4B000000], tl.int32, True, 1,
+    )  # fmt: skip
+    return bits.to(tl.float32, bitcast=True) - (8388608.0 + 8.0 * 16**j)
 
 
 @triton.jit
 def gemv_4bit_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, N, K, WORDS, G, eps, multiplier,
     GROUP: tl.constexpr, ZERO: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Q: tl.constexpr, OVERLAP: tl.constexpr,
+    RESIDUAL: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, STEPS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
-    """Eight numbers a 32-bit word, WORDS words a row, a thread takes four words at a time. GROUP 0: a scale a row."""
+    """Eight numbers a 32-bit word, WORDS words a row, four words to 32 numbers of one group. GROUP 0: a scale a row.
+
+    STEPS: WORDS in units of BLOCK_W, rounded up."""
+    BLOCK_Q: tl.constexpr = BLOCK_W // 4
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rows_there = tl.minimum(rows, N - 1).to(tl.int64)
-    # Planes of a block that share a scale: all where blocks lie within groups, else as many as lie in one.
-    SPAN: tl.constexpr = 128 if GROUP % 128 == 0 else (GROUP if 128 % GROUP == 0 else 32)
-    quads = tl.arange(0, BLOCK_Q)  # a quad is four words, 32 numbers of four groups of 32; four quads make a block
-    words_at = quads[:, None] * 4 + tl.arange(0, 4)[None, :]
-    w_ptrs = w_ptr + rows_there[:, None, None] * WORDS + words_at[None]
+    rows_there = tl.minimum(rows, N - 1).to(tl.int64)  # a row beyond the last reads the last, and is not stored
+    at = tl.arange(0, BLOCK_W)
+    w_ptrs = w_ptr + rows_there[:, None] * WORDS + at[None, :]
     gate_stride = N.to(tl.int64) * WORDS
-    mask = (words_at < WORDS)[None]
-    w = tl.load(w_ptrs, mask=mask, other=0, eviction_policy="evict_first")
+    w = tl.load(w_ptrs, mask=(at < WORDS)[None, :], other=0, eviction_policy="evict_first")
     if GATE != 0:
-        u = tl.load(w_ptrs + gate_stride, mask=mask, other=0, eviction_policy="evict_first")
+        u = tl.load(w_ptrs + gate_stride, mask=(at < WORDS)[None, :], other=0, eviction_policy="evict_first")
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     acc = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
-    squares = tl.zeros((BLOCK_Q,), tl.float32)
-    for first in range(0, WORDS, BLOCK_Q * 4):
-        block = (first // 4 + quads) // 4
-        x_at = block[:, None] * 128 + (words_at % 16) * 2
-        mask = (first + BLOCK_Q * 4 + words_at < WORDS)[None]
-        w_ptrs += BLOCK_Q * 4
-        w_next = tl.load(w_ptrs, mask=mask, other=0, eviction_policy="evict_first")
-        if GATE != 0:
-            u_next = tl.load(w_ptrs + gate_stride, mask=mask, other=0, eviction_policy="evict_first")
-        part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
-        part_up = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
-        total = tl.zeros((BLOCK_Q,), tl.float32)
-        for j in tl.static_range(4):
-            even, odd, its_squares = _pairs(x_ptr, norm_ptr, x_at + 32 * j, K, NORM, PLUS_ONE)
-            if NORM:
-                squares += tl.sum(its_squares, 1)
-            if ZERO:
-                total += tl.sum(even + odd, 1)
-            even, odd = even * (1.0 / 16**j), odd * (1.0 / 16**j)
-            part += _plane(w, even, odd, j)
+    squares = tl.zeros((BLOCK_W,), tl.float32)
+    for first in range(0, BLOCK_W if STEPS == 1 else WORDS, BLOCK_W):
+        x_at = (first + at) // 4 * 32 + at % 4
+        if STEPS > 1:
+            w_ptrs += BLOCK_W
+            mask = (first + BLOCK_W + at < WORDS)[None, :]
+            w_next = tl.load(w_ptrs, mask=mask, other=0, eviction_policy="evict_first")
             if GATE != 0:
-                part_up += _plane(u, even, odd, j)
-            # The numbers of plane j lie in one group; a group may hold the planes after it too.
-            if (32 * (j + 1)) % SPAN == 0:
-                if GROUP == 0:
-                    acc += part
-                    up += part_up
-                else:
-                    group = rows_there[:, None] * G + tl.minimum((block * 128 + 32 * j) // GROUP, G - 1)[None, :]
-                    if ZERO:
-                        part -= tl.load(zero_ptr + group).to(tl.float32) * total[None, :]
-                    acc += part * tl.load(scale_ptr + group).to(tl.float32)
-                    if GATE != 0:
-                        group += N.to(tl.int64) * G
-                        if ZERO:
-                            part_up -= tl.load(zero_ptr + group).to(tl.float32) * total[None, :]
-                        up += part_up * tl.load(scale_ptr + group).to(tl.float32)
-                part = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
-                part_up = tl.zeros((BLOCK_N, BLOCK_Q), tl.float32)
-                total = tl.zeros((BLOCK_Q,), tl.float32)
-        w = w_next
+                u_next = tl.load(w_ptrs + gate_stride, mask=mask, other=0, eviction_policy="evict_first")
+        part = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+        part_up = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+        total = tl.zeros((BLOCK_W,), tl.float32)
+        for j in tl.static_range(8):
+            k = x_at + 4 * j
+            plain, x = _inputs(x_ptr, norm_ptr, k, k < K, NORM, PLUS_ONE)
+            if NORM:
+                squares += plain * plain
+            if ZERO:
+                total += x
+            x = x * (1.0 / 16 ** (j % 4))
+            part += _codes(w, j // 4, j % 4) * x[None, :]
+            if GATE != 0:
+                part_up += _codes(u, j // 4, j % 4) * x[None, :]
+        quads = first // 4 + tl.arange(0, BLOCK_Q)
+        sums = tl.sum(tl.reshape(part, (BLOCK_N, BLOCK_Q, 4)), 2)
         if GATE != 0:
-            u = u_next
+            sums_up = tl.sum(tl.reshape(part_up, (BLOCK_N, BLOCK_Q, 4)), 2)
+        if GROUP == 0:
+            acc += sums
+            if GATE != 0:
+                up += sums_up
+        else:
+            group = rows_there[:, None] * G + tl.minimum(quads // (GROUP // 32), G - 1)[None, :]
+            if ZERO:
+                total_Q = tl.sum(tl.reshape(total, (BLOCK_Q, 4)), 1)[None, :]
+                sums -= tl.load(zero_ptr + group).to(tl.float32) * total_Q
+            acc += sums * tl.load(scale_ptr + group).to(tl.float32)
+            if GATE != 0:
+                group += N.to(tl.int64) * G
+                if ZERO:
+                    sums_up -= tl.load(zero_ptr + group).to(tl.float32) * total_Q
+                up += sums_up * tl.load(scale_ptr + group).to(tl.float32)
+        if STEPS > 1:
+            w = w_next
+            if GATE != 0:
+                u = u_next
     y = tl.sum(acc, 1)
     z = tl.sum(up, 1) if GATE != 0 else 0.0
     if GROUP == 0:
@@ -194,9 +220,9 @@ def dequantize_kernel(
     if BITS == 8:
         number = tl.load(w_ptr + row * ROW_BYTES + k, mask=mask, other=0.0).to(tl.float32)
     else:
-        held: tl.constexpr = 512 // BITS
-        bit = (k % held) // 32 * BITS  # of the number in its 16-bit word
-        byte = tl.load(w_ptr + row * ROW_BYTES + k // held * 64 + k % 32 * 2 + bit // 8, mask=mask, other=0)
+        in_run = k % 32
+        bit = in_run // BITS * BITS  # of the number in its word
+        byte = tl.load(w_ptr + row * ROW_BYTES + k // 32 * 4 * BITS + in_run % BITS * 4 + bit // 8, mask=mask, other=0)
         code = (byte.to(tl.int32) >> (bit % 8)) & ((1 << BITS) - 1)
         number = (code - (1 << (BITS - 1))).to(tl.float32)
     group = row * G + k // GROUP

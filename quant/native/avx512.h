@@ -1,7 +1,8 @@
 // Products with quantized weights on processors with AVX-512, at the speed of memory.
 //
-// A weight's row is read in blocks of 64 bytes. A format says how a block becomes runs of 32 numbers that lie side by
-// side, and how a run is multiplied with 32 numbers of x into 16 sums, which are scaled and added to the row's.
+// A weight's row is read in blocks of 64 bytes, which hold several runs of 32 numbers. A format says how a block becomes
+// vectors of numbers, in which order it wants x for them (`place`), and how the sums of products, 16 in each of PARTS
+// vectors, are scaled: a sum never holds products of two runs.
 //
 // x of 16 bits becomes integers of 16 bits, each run of 32 with a power of two as its scale: that is exact for every
 // number that is at least 2**-7 (bf16; fp16: 2**-4) of the greatest in its run, and off by 2**-16 of that at most for
@@ -15,7 +16,7 @@
 
 #include "kernels.h"
 
-#define HAS_FAST_LINEAR
+#define HAS_FAST_CODE
 
 namespace {
 
@@ -26,9 +27,29 @@ constexpr int NEAR = 768, FAR = 6144;
 constexpr int ROWS = 4;      // of x, the most that a weight is unpacked for at once
 
 // What stands for a run of x besides its numbers. Each format says besides: ADDED, what its codes are more than the
-// numbers; unit(j), what one is worth in run j of a block.
+// numbers; UNIT, what one is worth.
 struct OfRun {
     float scale, sum;
+};
+
+// Formats of a byte a number: the numbers of a run are 32 bytes, and a run is a part.
+struct Bytes {
+    static constexpr int RUNS = 2, PARTS = 2, ADDED = 0;
+
+    static constexpr int place(int run, int k) { return run * RUN + k; }
+    static __m512 scale(int part, const float* of_runs) { return _mm512_set1_ps(of_runs[part]); }
+};
+
+// Formats of fewer bits: a block is 16 words of 32 bits, BITS of them a run; all runs of a block are one part.
+template <int BITS>
+struct Packed {
+    static constexpr int RUNS = 16 / BITS, PARTS = 1, MASK = (1 << BITS) - 1;
+
+    static __m512 scale(int, const float* of_runs) {
+        const __m512i word = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        constexpr int log2 = BITS == 4 ? 2 : BITS == 2 ? 1 : 0;
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(word, log2), _mm512_loadu_ps(of_runs));
+    }
 };
 
 // ---- x as integers. ----
@@ -48,34 +69,51 @@ struct Shorts {
         const float scale = ordinary ? as_float((exponent - 14) << 23) : exponent < 255 ? 0 : __builtin_nanf("");
         return {scale, float(sum) * scale};
     }
-    static __m512 multiply(__m512i w, const X* x) {
-        return _mm512_cvtepi32_ps(_mm512_madd_epi16(w, _mm512_loadu_si512(x)));
+};
+
+struct Int8Shorts : Shorts, Bytes {
+    struct Numbers { __m512i run[2]; };
+    static constexpr float UNIT = 1;
+
+    static Numbers unpack(const uint8_t* block) {
+        const __m256i* const halves = reinterpret_cast<const __m256i*>(block);
+        return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(halves)), _mm512_cvtepi8_epi16(_mm256_loadu_si256(halves + 1))};
+    }
+    static __m512 multiply(const Numbers& w, int part, const X* x) {
+        return _mm512_cvtepi32_ps(_mm512_madd_epi16(w.run[part], _mm512_loadu_si512(x + RUN * part)));
     }
 };
 
-struct Int8Shorts : Shorts {
-    using Numbers = __m512i;
-    static constexpr int RUNS = 2, ADDED = 0;
-    static constexpr float unit(int) { return 1; }
+inline __m512i add_products(__m512i sums, __m512i w, __m512i x) {
+#ifdef __AVX512VNNI__
+    return _mm512_dpwssd_epi32(sums, w, x);
+#else
+    return _mm512_add_epi32(sums, _mm512_madd_epi16(w, x));
+#endif
+}
 
-    static void unpack(const uint8_t* block, Numbers* out) {
-        for (int j = 0; j < RUNS; j++)
-            out[j] = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block) + j));
-    }
-};
-
-// The codes stay where they are in their words, times 2**(BITS * j); only the uppermost, where a sign would be, move.
+// Vector j of a block: of each half of its words the code at bits BITS * j.
 template <int BITS>
-struct PackedShorts : Shorts {
-    using Numbers = __m512i;
-    static constexpr int RUNS = 16 / BITS, ADDED = 1 << (BITS - 1);
-    static constexpr float unit(int j) { return j == RUNS - 1 ? 1 : 1.0f / float(1 << (BITS * j)); }
+struct PackedShorts : Shorts, Packed<BITS> {
+    static constexpr int CODES = 16 / BITS, ADDED = 1 << (BITS - 1);
+    static constexpr float UNIT = 1;
+    struct Numbers { __m512i codes[CODES]; };
 
-    static void unpack(const uint8_t* block, Numbers* out) {
-        const __m512i words = _mm512_loadu_si512(block);
-        for (int j = 0; j < RUNS - 1; j++)
-            out[j] = _mm512_and_si512(words, _mm512_set1_epi16(short(((1 << BITS) - 1) << (BITS * j))));
-        out[RUNS - 1] = _mm512_srli_epi16(words, 16 - BITS);
+    static constexpr int place(int run, int k) {
+        const int word = run * BITS + k % BITS, code = k / BITS;
+        return code % CODES * RUN + 2 * word + code / CODES;
+    }
+    static Numbers unpack(const uint8_t* block) {
+        const __m512i words = _mm512_loadu_si512(block), mask = _mm512_set1_epi16(Packed<BITS>::MASK);
+        Numbers w;
+        for (int j = 0; j < CODES - 1; j++) w.codes[j] = _mm512_and_si512(_mm512_srli_epi16(words, BITS * j), mask);
+        w.codes[CODES - 1] = _mm512_srli_epi16(words, 16 - BITS);
+        return w;
+    }
+    static __m512 multiply(const Numbers& w, int, const X* x) {
+        __m512i sums = _mm512_setzero_si512();
+        for (int j = 0; j < CODES; j++) sums = add_products(sums, w.codes[j], _mm512_loadu_si512(x + RUN * j));
+        return _mm512_cvtepi32_ps(sums);
     }
 };
 
@@ -83,67 +121,74 @@ struct PackedShorts : Shorts {
 
 struct Floats {
     using X = float;
-    struct Numbers { __m512 first, second; };
 
     static OfRun arrange(const float* x, X* out) {
         std::memcpy(out, x, RUN * sizeof(X));
-        return {1, sum(x)};
-    }
-    static float sum(const float* x) {
-        return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)));
-    }
-    static __m512 multiply(const Numbers& w, const X* x) {
-        return _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + 16), _mm512_mul_ps(w.first, _mm512_loadu_ps(x)));
+        return {1, _mm512_reduce_add_ps(_mm512_add_ps(_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)))};
     }
 };
 
-struct Int8Floats : Floats {
-    static constexpr int RUNS = 2, ADDED = 0;
-    static constexpr float unit(int) { return 1; }
+struct ByteFloats : Floats, Bytes {
+    struct Numbers { __m512 half[4]; };
+    struct Run { __m512 first, second; };
 
-    static __m512 widen(const uint8_t* bytes) {
+    static __m512 multiply(const Numbers& w, int part, const X* x) {
+        const __m512 first = _mm512_mul_ps(w.half[2 * part], _mm512_loadu_ps(x + RUN * part));
+        return _mm512_fmadd_ps(w.half[2 * part + 1], _mm512_loadu_ps(x + RUN * part + 16), first);
+    }
+};
+
+struct Int8Floats : ByteFloats {
+    static constexpr float UNIT = 1;
+
+    static __m512 half(const uint8_t* bytes) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
     }
-    static void unpack(const uint8_t* block, Numbers* out) {
-        for (int j = 0; j < RUNS; j++) out[j] = {widen(block + RUN * j), widen(block + RUN * j + 16)};
-    }
-};
-
-// Lanes of 32 bits hold two words: the even and the odd numbers of each run.
-template <int BITS>
-struct PackedFloats : Floats {
-    static constexpr int RUNS = 16 / BITS, ADDED = 0;
-    static constexpr float unit(int) { return 1; }
-
-    static __m512 look_up(__m512i lanes) {  // the instruction reads their lowest 4 bits only
-        float table[16];
-        for (int i = 0; i < 16; i++) table[i] = float((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
-        return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(table));
-    }
-    static void unpack(const uint8_t* block, Numbers* out) {
-        const __m512i lanes = _mm512_loadu_si512(block);
-        for (int j = 0; j < RUNS; j++)
-            out[j] = {look_up(_mm512_srli_epi32(lanes, BITS * j)), look_up(_mm512_srli_epi32(lanes, 16 + BITS * j))};
-    }
-    static OfRun arrange(const float* x, X* out) {
-        for (int k = 0; k < RUN; k++) out[k % 2 * 16 + k / 2] = x[k];
-        return {1, sum(x)};
+    static Run widen(const uint8_t* run) { return {half(run), half(run + 16)}; }
+    static Numbers unpack(const uint8_t* block) {
+        return {half(block), half(block + 16), half(block + 32), half(block + 48)};
     }
 };
 
 // The bits of e4m3 are those of a half with fewer bits, whose exponent has another bias: it is 2**-8 of the number.
-struct Fp8Floats : Floats {
-    static constexpr int RUNS = 2, ADDED = 0;
-    static constexpr float unit(int) { return 256; }
+struct Fp8Floats : ByteFloats {
+    static constexpr float UNIT = 256;
 
-    static void unpack(const uint8_t* block, Numbers* out) {
-        for (int j = 0; j < RUNS; j++) {
-            const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block) + j);
-            const __m512i moved = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);  // with the sign in two bits
-            const __m512i halves = _mm512_and_si512(moved, _mm512_set1_epi16(short(0xbfff)));
-            out[j] = {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
-                      _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
-        }
+    static Run widen(const uint8_t* run) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run));
+        const __m512i moved = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);  // with the sign in two bits
+        const __m512i halves = _mm512_and_si512(moved, _mm512_set1_epi16(short(0xbfff)));
+        return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
+                _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
+    }
+    static Numbers unpack(const uint8_t* block) {
+        const Run one = widen(block), two = widen(block + RUN);
+        return {one.first, one.second, two.first, two.second};
+    }
+};
+
+// Vector j of a block: of each of its words the number at bits BITS * j.
+template <int BITS>
+struct PackedFloats : Floats, Packed<BITS> {
+    static constexpr int CODES = 32 / BITS, ADDED = 0;
+    static constexpr float UNIT = 1;
+    struct Numbers { __m512 of[CODES]; };
+
+    static constexpr int place(int run, int k) { return k / BITS * 16 + run * BITS + k % BITS; }
+
+    static Numbers unpack(const uint8_t* block) {
+        float table[16];
+        for (int i = 0; i < 16; i++) table[i] = float((i & Packed<BITS>::MASK) - (1 << (BITS - 1)));
+        const __m512 numbers = _mm512_loadu_ps(table);
+        const __m512i words = _mm512_loadu_si512(block);
+        Numbers w;  // the instruction reads the lowest 4 bits of a word only
+        for (int j = 0; j < CODES; j++) w.of[j] = _mm512_permutexvar_ps(_mm512_srli_epi32(words, BITS * j), numbers);
+        return w;
+    }
+    static __m512 multiply(const Numbers& w, int, const X* x) {
+        __m512 sums = _mm512_mul_ps(w.of[0], _mm512_loadu_ps(x));
+        for (int j = 1; j < CODES; j++) sums = _mm512_fmadd_ps(w.of[j], _mm512_loadu_ps(x + 16 * j), sums);
+        return sums;
     }
 };
 
@@ -154,18 +199,15 @@ struct Fp8Floats : Floats {
 template <class F, int M>
 void multiply_row(const uint8_t* row, int64_t blocks, const uint8_t* tail, const typename F::X* x, int64_t stride,
                   const float* scales, int64_t runs, float* out) {
-    constexpr int SUMS = std::min(F::RUNS, 4);
-    __m512 sums[M][SUMS];
+    __m512 sums[M][F::PARTS];
     for (int m = 0; m < M; m++)
-        for (int i = 0; i < SUMS; i++) sums[m][i] = _mm512_setzero_ps();
+        for (int i = 0; i < F::PARTS; i++) sums[m][i] = _mm512_setzero_ps();
     const auto add = [&](const uint8_t* block, int64_t b) __attribute__((always_inline)) {
-        typename F::Numbers w[F::RUNS];
-        F::unpack(block, w);
-        for (int j = 0; j < F::RUNS; j++)
-            for (int m = 0; m < M; m++) {
-                const __m512 products = F::multiply(w[j], x + m * stride + (b * F::RUNS + j) * RUN);
-                const __m512 scale = _mm512_set1_ps(scales[m * runs + b * F::RUNS + j]);
-                sums[m][j % SUMS] = _mm512_fmadd_ps(products, scale, sums[m][j % SUMS]);
+        const typename F::Numbers w = F::unpack(block);
+        for (int m = 0; m < M; m++)
+            for (int i = 0; i < F::PARTS; i++) {
+                const __m512 products = F::multiply(w, i, x + m * stride + b * F::RUNS * RUN);
+                sums[m][i] = _mm512_fmadd_ps(products, F::scale(i, scales + m * runs + b * F::RUNS), sums[m][i]);
             }
     };
     for (int64_t b = 0; b < blocks; b++) {
@@ -176,7 +218,7 @@ void multiply_row(const uint8_t* row, int64_t blocks, const uint8_t* tail, const
     if (tail) add(tail, blocks);
     for (int m = 0; m < M; m++) {
         __m512 sum = sums[m][0];
-        for (int i = 1; i < SUMS; i++) sum = _mm512_add_ps(sum, sums[m][i]);
+        for (int i = 1; i < F::PARTS; i++) sum = _mm512_add_ps(sum, sums[m][i]);
         out[m] = _mm512_reduce_add_ps(sum);
     }
 }
@@ -200,8 +242,11 @@ Runs arrange(const void* x, Dtype type, int64_t M, const Weight& weight, typenam
     for (int64_t m = 0; m < M; m++) {
         to_floats(x, type, m * weight.K, weight.K, wide);
         for (int64_t r = 0; r < stride / RUN; r++) {
-            const OfRun of_run = F::arrange(wide + r * RUN, numbers + m * stride + r * RUN);
-            scales[m * count + r] = of_run.scale * F::unit(int(r % F::RUNS));
+            typename F::X run[RUN];
+            const OfRun of_run = F::arrange(wide + r * RUN, run);
+            typename F::X* const block = numbers + m * stride + r / F::RUNS * F::RUNS * RUN;
+            for (int k = 0; k < RUN; k++) block[F::place(int(r % F::RUNS), k)] = run[k];
+            scales[m * count + r] = of_run.scale * F::UNIT;
             sums[m * count + r] = of_run.sum;
         }
     }
@@ -260,11 +305,10 @@ void scale_runs(const Runs& x, int64_t m, int64_t M, const Weight& weight, int64
 template <class F>
 void linear_by_blocks(const void* x, Dtype type, int64_t M, const Weight& weight, const void* bias, void* out,
                       int threads) {
-    constexpr int64_t BLOCK = F::RUNS * RUN;
-    const int64_t N = weight.N, rest = weight.bits == 8 ? weight.K % BLOCK : 0;
+    const int64_t N = weight.N, blocks = weight.row_bytes / 64, rest = weight.row_bytes % 64;
     typename F::X* numbers;
     const Runs runs = arrange<F>(x, type, M, weight, numbers);
-    const int64_t stride = runs.stride, blocks = stride / BLOCK - (rest ? 1 : 0);
+    const int64_t stride = runs.stride;
     const auto scale = weight.scale_type == BF16   ? scale_runs<BF16>
                        : weight.scale_type == FP16 ? scale_runs<FP16>
                                                    : scale_runs<FP32>;
@@ -302,6 +346,85 @@ inline bool fast_linear(const void* x, Dtype type, int64_t M, const Weight& weig
         : weight.bits == 2 ? (shorts ? linear_by_blocks<PackedShorts<2>> : linear_by_blocks<PackedFloats<2>>)
                            : (shorts ? linear_by_blocks<PackedShorts<1>> : linear_by_blocks<PackedFloats<1>>);
     linear(x, type, M, weight, bias, out, threads);
+    return true;
+}
+
+// ---- Rows of the weight itself, in 16 bits. ----
+
+inline __m256i to_halves(__m512 values, Dtype type) {
+    if (type == FP16) return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const __m512i bits = _mm512_castps_si512(values);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), nan, 0x7fc0));
+}
+
+// run(first, count, scale, zero) for each run of row n: `count` numbers from the number `first` on.
+template <class Run>
+void for_runs(const Weight& weight, int64_t n, const Run& run) {
+    for (int64_t g = 0; g < weight.groups; g++) {
+        const int64_t at = n * weight.groups + g, last = std::min((g + 1) * weight.group_size, weight.K);
+        const float scale = get(weight.scale, weight.scale_type, at);
+        const float zero = weight.zero ? get(weight.zero, weight.zero_type, at) : 0;
+        for (int64_t k = g * weight.group_size; k < last; k += RUN) run(k, std::min<int64_t>(RUN, last - k), scale, zero);
+    }
+}
+
+inline void store_halves(__m512i halves, int64_t count, uint16_t* out) {
+    if (count == RUN)
+        _mm512_storeu_si512(out, halves);
+    else
+        _mm512_mask_storeu_epi16(out, (__mmask32(1) << count) - 1, halves);
+}
+
+template <class F>
+void dequantize_bytes(const Weight& weight, int64_t n, Dtype type, uint16_t* out) {
+    for_runs(weight, n, [&](int64_t k, int64_t count, float scale, float zero) __attribute__((always_inline)) {
+        const uint8_t* run = weight.row(n) + k;
+        uint8_t copy[RUN] = {};
+        if (count < RUN) run = static_cast<const uint8_t*>(std::memcpy(copy, run, count));
+        const typename F::Run w = F::widen(run);
+        const auto weigh = [&](__m512 numbers) {
+            numbers = _mm512_sub_ps(_mm512_mul_ps(numbers, _mm512_set1_ps(F::UNIT)), _mm512_set1_ps(zero));
+            return to_halves(_mm512_mul_ps(numbers, _mm512_set1_ps(scale)), type);
+        };
+        store_halves(_mm512_inserti64x4(_mm512_castsi256_si512(weigh(w.first)), weigh(w.second), 1), count, out + k);
+    });
+}
+
+// What each code of a run stands for is computed once, and then looked up.
+template <int BITS>
+void dequantize_codes(const Weight& weight, int64_t n, Dtype type, uint16_t* out) {
+    alignas(64) float codes[16];
+    for (int i = 0; i < 16; i++) codes[i] = float((i & ((1 << BITS) - 1)) - (1 << (BITS - 1)));
+    const __m512 numbers = _mm512_load_ps(codes);
+    alignas(64) int16_t halves[RUN], shifts[RUN];  // where the code of each number of a run is
+    for (int k = 0; k < RUN; k++) {
+        halves[k] = int16_t(k % BITS * 2 + k / 16);
+        shifts[k] = int16_t(k % 16 / BITS * BITS);
+    }
+    const __m512i half_of_word = _mm512_load_si512(halves), shift = _mm512_load_si512(shifts);
+    for_runs(weight, n, [&](int64_t k, int64_t count, float scale, float zero) __attribute__((always_inline)) {
+        const __m512 values = _mm512_mul_ps(_mm512_sub_ps(numbers, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
+        const __m512i table = _mm512_broadcast_i64x4(to_halves(values, type));
+        uint8_t run[64];
+        std::memcpy(run, weight.row(n) + k / RUN * 4 * BITS, 4 * BITS);
+        const __m512i words = _mm512_permutexvar_epi16(half_of_word, _mm512_loadu_si512(run));
+        const __m512i shifted = _mm512_srlv_epi16(words, shift);
+        store_halves(_mm512_permutexvar_epi16(shifted, table), count, out + k);  // it reads the lowest 5 bits only
+    });
+}
+
+// Row n of the weight in `type`; false, with nothing done, for what there is no fast code for.
+inline bool fast_dequantize(const Weight& weight, int64_t n, Dtype type, void* out) {
+    if (type == FP32 || (weight.groups > 1 && weight.group_size % RUN)) return false;
+    const auto dequantize = weight.kind == FP8   ? dequantize_bytes<Fp8Floats>
+                            : weight.bits == 8   ? dequantize_bytes<Int8Floats>
+                            : weight.bits == 4   ? dequantize_codes<4>
+                            : weight.bits == 2   ? dequantize_codes<2>
+                                                 : dequantize_codes<1>;
+    dequantize(weight, n, type, static_cast<uint16_t*>(out));
     return true;
 }
 

@@ -11,12 +11,12 @@ constexpr int64_t SERIAL_BYTES = 1 << 15;  // of weight; below it a second threa
 
 template <int BITS>
 void unpack(const uint8_t* row, int64_t K, float* __restrict out) {
-    constexpr int NUMBERS = 512 / BITS, MASK = (1 << BITS) - 1, MIDDLE = 1 << (BITS - 1);
-    for (int64_t k = 0; k < K; k += NUMBERS, row += 64) {
-        uint16_t words[32];
-        std::memcpy(words, row, 64);
-        for (int j = 0; j < 16 / BITS; j++, out += 32)
-            for (int i = 0; i < 32; i++) out[i] = float(((words[i] >> (BITS * j)) & MASK) - MIDDLE);
+    constexpr int MASK = (1 << BITS) - 1, MIDDLE = 1 << (BITS - 1);
+    for (int64_t k = 0; k < K; k += 32, row += 4 * BITS) {
+        uint32_t words[BITS];
+        std::memcpy(words, row, 4 * BITS);
+        for (int j = 0; j < 32 / BITS; j++)
+            for (int i = 0; i < BITS; i++) *out++ = float(int((words[i] >> (BITS * j)) & MASK) - MIDDLE);
     }
 }
 
@@ -73,7 +73,7 @@ extern "C" void torchchat_linear(const void* x, const void* values, const void* 
                                  int bits, int kind, int x_type, int scale_type, int zero_type, int threads) {
     const Weight weight(values, scale, zero, N, K, group_size, bits, Dtype(kind), Dtype(scale_type), Dtype(zero_type));
     if (N * weight.row_bytes < SERIAL_BYTES) threads = 1;
-#ifdef HAS_FAST_LINEAR
+#ifdef HAS_FAST_CODE
     if (fast_linear(x, Dtype(x_type), M, weight, bias, out, threads)) return;
 #endif
     linear_by_rows(x, Dtype(x_type), M, weight, bias, out, threads);
@@ -88,6 +88,10 @@ extern "C" void torchchat_dequantize(const void* values, const void* scale, cons
     in_parts(last - first, threads, [&](int64_t begin, int64_t end) {
         float* const row = scratch<1>(round_up(K, 512));
         for (int64_t n = begin; n < end; n++) {
+#ifdef HAS_FAST_CODE
+            uint8_t* const its_place = static_cast<uint8_t*>(out) + n * K * (out_type == FP32 ? 4 : 2);
+            if (fast_dequantize(weight, first + n, Dtype(out_type), its_place)) continue;
+#endif
             dequantize_row(weight, first + n, row);
             from_floats(row, Dtype(out_type), n * K, K, out);
         }

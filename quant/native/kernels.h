@@ -32,7 +32,7 @@ struct Weight {
            Dtype kind, Dtype scale_type, Dtype zero_type)
         : values(static_cast<const uint8_t*>(values)), scale(scale), zero(zero), N(N), K(K),
           group_size(group_size ? std::min(group_size, K) : K), groups((K + this->group_size - 1) / this->group_size),
-          row_bytes(bits == 8 ? K : round_up(K, 512 / bits) * bits / 8), bits(bits), kind(kind),
+          row_bytes(bits == 8 ? K : round_up(K, 32) * bits / 8), bits(bits), kind(kind),
           scale_type(scale_type), zero_type(zero_type) {}
 
     const uint8_t* row(int64_t n) const { return values + n * row_bytes; }

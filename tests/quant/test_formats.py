@@ -13,9 +13,9 @@ from quant.formats import Format, container_bits
         (Format("fp8", 8, 0, False), (10, 100), 1000, 1, 1000 + 10 * 2),
         (Format("int", 4, 32, False), (10, 128), 640, 4, 640 + 40 * 2),
         (Format("int", 4, 32, True), (10, 128), 640, 4, 640 + 40 * 3),
-        (Format("int", 4, 32, True), (10, 129), 1280, 5, 1280 + 50 * 3),
-        (Format("int", 2, 0, False), (1, 1), 64, 1, 66),
-        (Format("int", 1, 64, False), (3, 513), 3 * 128, 9, 3 * 128 + 27 * 2),
+        (Format("int", 4, 32, True), (10, 129), 800, 5, 800 + 50 * 3),
+        (Format("int", 2, 0, False), (1, 1), 8, 1, 10),
+        (Format("int", 1, 64, False), (3, 513), 3 * 68, 9, 3 * 68 + 27 * 2),
     ],
 )
 def test_bytes(stored, shape, values, groups, nbytes):

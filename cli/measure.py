@@ -180,8 +180,10 @@ def prefill_flops(model: Transformer, tokens: int) -> int:
     output layer for one token), and for each layer 4 * N * H for each pair of a token and one that it attends to.
     """
     config = model.config
-    head = model.lm_head.weight.numel()
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, torch.nn.Linear)) - head
+    head = config.vocab_size * config.hidden_size
+    with torch.device("meta"):  # the model itself may be quantized: as many products, of other numbers
+        linear = [module for module in Transformer(config).modules() if isinstance(module, torch.nn.Linear)]
+    weights = sum(module.weight.numel() for module in linear) - head
     pairs = 0
     for layer in config.layers:
         window = config.sliding_window if layer.attention == "sliding" else None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # only their names: this module is imported for --help, which
 
 HELD_OUT = Path(__file__).resolve().parent.parent / "model" / "default" / "held_out.json"
 MAX_TEXT_BYTES = 64 << 20
-MAX_RECEIPT_TOKENS = 4096
+MAX_RECEIPT_TOKENS = 2048
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Torch from here on.
     from cli.builder import out_of_memory, prepare
-    from cli.saving import save
+    from cli.saving import job_of, save
 
     prepared = prepare(settings, needs_tokenizer=False)
     if text is not None and prepared.tokenizer is None:
@@ -77,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(f"--receipt-text {args.receipt_text}: {prepared.name} has no tokenizer to read it with")
         text = None
         warn(f"no quality receipt: {prepared.name} has no tokenizer to read a text with")
+    job = job_of(prepared, output, text)
     assert prepared.plan is not None
     device, dtype = prepared.device, prepared.dtype
     status(
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         warn(f"{partial} is left from a run that was interrupted, unless it still runs: it may be removed")
     began = time.perf_counter()
     with out_of_memory(prepared, 0):
-        sizes, receipt = save(prepared, output, text)
+        sizes, receipt = save(job)
     _show(args, prepared, output, sizes, receipt, time.perf_counter() - began)
     return 0
 

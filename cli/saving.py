@@ -6,7 +6,7 @@ import json
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -29,7 +29,6 @@ from model.streaming import Streamed
 from model.tokenizer import FILES
 from quant.apply import QuantizeOnLoad, replace_modules
 from quant.directory import FILE, Stored, layers_only
-from quant.plan import Plan
 from quant.receipt import Receipt, finite
 from quant.recipe import read_recipe
 
@@ -57,35 +56,53 @@ class Sizes:
     receipt_s: float
 
 
-def save(prepared: Prepared, output: Path, text: ReceiptText | None) -> tuple[Sizes, Receipt | None]:
-    """Write the directory `output`, which is new or empty, and measure what quantizing cost on `text`.
+@dataclass(frozen=True)
+class Job:
+    """What will be written where, and read for the receipt: all that can be wrong with it is known."""
 
-    Raises UserError, and OSError where the disk does.
-    """
-    assert prepared.plan is not None
+    prepared: Prepared
+    """With what the directory will say."""
+    output: Path
+    layout: Layout
+    copied: tuple[Path, ...]
+    text: ReceiptText | None
+    windows: Windows | None
+
+
+def job_of(prepared: Prepared, output: Path, text: ReceiptText | None) -> Job:
+    """To write `prepared` to `output`, new or empty, and measure what that cost on `text`. Raises UserError."""
     assert prepared.settings.quantize is not None
     windows = None if text is None else _windows(prepared, text)
     recipe = layers_only(read_recipe(prepared.settings.quantize, "--quantize"))
     stored = Stored(recipe, prepared.dtype.name, prepared.settings.model, versions(), None)
-    layout = _layout(prepared, prepared.plan, stored)
+    layout = _layout(prepared, stored)
     copied = _files_to_copy(prepared)
     _check_disk(output.parent, layout.nbytes + sum(file.stat().st_size for file in copied))
-    with _whole(output) as directory:
+    return Job(replace(prepared, stored=stored), output, layout, copied, text, windows)
+
+
+def save(job: Job) -> tuple[Sizes, Receipt | None]:
+    """Do it. Raises UserError, and OSError where the disk does; then there is no directory."""
+    stored = job.prepared.stored
+    assert stored is not None
+    with _whole(job.output) as directory:
         began = time.perf_counter()
-        _write_weights(prepared, prepared.plan, directory / SAFETENSORS, layout)
-        for file in copied:
+        _write_weights(job.prepared, directory / SAFETENSORS, job.layout)
+        for file in job.copied:
             shutil.copyfile(file, directory / file.name)
-        document = _config_document(prepared)
-        (directory / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        _write_json(directory / "config.json", _config_document(job.prepared))
         measured = time.perf_counter()
         receipt = None
-        if text is not None and windows is not None:
-            receipt = _measure(replace(prepared, stored=stored), directory, text, windows)
+        if job.text is not None and job.windows is not None:
+            receipt = _measure(job.prepared, directory, job.text, job.windows)
         # Last, for without it nothing here is a model.
-        whole = json.dumps(replace(stored, receipt=receipt).document(), indent=2)
-        (directory / FILE).write_text(whole + "\n", encoding="utf-8")
+        _write_json(directory / FILE, replace(stored, receipt=receipt).document())
         ended = time.perf_counter()
-    return Sizes(layout.nbytes, measured - began, ended - measured), receipt
+    return Sizes(job.layout.nbytes, measured - began, ended - measured), receipt
+
+
+def _write_json(file: Path, document: Mapping[str, object]) -> None:
+    file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -106,10 +123,11 @@ def _whole(output: Path) -> Iterator[Path]:
         raise
 
 
-def _layout(prepared: Prepared, plan: Plan, stored: Stored) -> Layout:
+def _layout(prepared: Prepared, stored: Stored) -> Layout:
+    assert prepared.plan is not None
     dtype = prepared.dtype.dtype
     model = meta_model(prepared.config)
-    replace_modules(model, plan, dtype)
+    replace_modules(model, prepared.plan, dtype)
     tensors = {
         name: (dtype if parameter.dtype in FLOATS else parameter.dtype, tuple(parameter.shape))
         for name, parameter in model.named_parameters()
@@ -117,13 +135,13 @@ def _layout(prepared: Prepared, plan: Plan, stored: Stored) -> Layout:
     return Layout.of(tensors, stored.metadata())
 
 
-def _files_to_copy(prepared: Prepared) -> list[Path]:
+def _files_to_copy(prepared: Prepared) -> tuple[Path, ...]:
     path = prepared.path
     if path is None:
-        return []
+        return ()
     directory = path if path.is_dir() else path.parent
     terms = [file for pattern in TERMS for file in sorted(directory.glob(pattern))]
-    return [file for file in (*(directory / name for name in COPIED), *terms) if file.is_file()]
+    return tuple(file for file in (*(directory / name for name in COPIED), *terms) if file.is_file())
 
 
 def _config_document(prepared: Prepared) -> dict[str, object]:
@@ -143,7 +161,9 @@ def _check_disk(directory: Path, needed: int) -> None:
         )
 
 
-def _write_weights(prepared: Prepared, plan: Plan, file: Path, layout: Layout) -> None:
+def _write_weights(prepared: Prepared, file: Path, layout: Layout) -> None:
+    plan = prepared.plan
+    assert plan is not None
     device, dtype = prepared.device.device, prepared.dtype.dtype
     model = meta_model(prepared.config)
     total = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

@@ -1,6 +1,7 @@
 """A quantized model in a directory: what is loaded is what was quantized, whatever is wrong is one line, and both ways
 take no more memory than they must."""
 
+import hashlib
 import json
 import struct
 import subprocess
@@ -27,6 +28,7 @@ from model.kv_cache import KVCache
 from model.saved import Layout, TensorWriter
 from model.transformer import Transformer
 from quant.directory import FILE, FORMAT, read_receipt, read_stored
+from quant.packed import pack
 from quant.receipt import Receipt
 from quant.recipe import read_recipe
 from quant.schemes import SCHEMES
@@ -72,9 +74,9 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def settings(model: Path, recipe: str | None = None, dtype: str = "fast") -> BuildSettings:
+def settings(model: Path, recipe: str | None = None, dtype: str = "fast", device: Setting = CPU) -> BuildSettings:
     text = None if recipe is None else read_recipe(recipe, "--quantize").text
-    return BuildSettings(str(model), CPU, Setting(dtype, "--dtype"), quantize=text, quantize_source="--quantize")
+    return BuildSettings(str(model), device, Setting(dtype, "--dtype"), quantize=text, quantize_source="--quantize")
 
 
 def written(model: Path, recipe: str, dtype: str, output: Path, text: ReceiptText | None = None) -> Path:
@@ -129,6 +131,26 @@ def test_saved_is_fresh(recipe: str, dtype: str, kind: str, models: dict[str, Pa
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert logits(loaded).isfinite().all()
     assert torch.equal(logits(loaded), logits(fresh))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_saved_on_a_gpu_is_fresh_there_and_loads_on_a_cpu(
+    recipe: str, kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    cuda = Setting("cuda", "--device")
+    prepared = prepare(settings(models[kind], RECIPES[recipe], "bf16", cuda))
+    fresh = dict(load_model(prepared, 32).named_parameters())
+    _, receipt = save(job_of(prepared, tmp_path / "dir", TEXT))
+    assert receipt is not None
+    assert receipt.device == "cuda"
+    for device in (cuda, CPU):
+        loaded = load_model(prepare(settings(tmp_path / "dir", device=device)), 32)
+        for name, parameter in loaded.named_parameters():
+            assert parameter.device.type == device.value
+            assert torch.equal(parameter.cpu().view(torch.uint8), fresh[name].cpu().view(torch.uint8)), name
+    assert logits(loaded).isfinite().all()
 
 
 def test_a_shared_copy_is_stored_once_and_loaded_once(models: dict[str, Path], tmp_path: Path) -> None:
@@ -324,6 +346,13 @@ def test_what_schemes_store_is_what_this_format_says() -> None:
         "embedding": ("int", 8, 0, False),
         "embedding:wx": ("int", 4, 32, True),
     }
+
+
+@pytest.mark.parametrize(("bits", "digest"), [(4, "29b956c3d613f107"), (2, "51532157482d5445"), (1, "1f137710d723c9b7")])
+def test_how_numbers_are_packed_is_what_this_format_says(bits: int, digest: str) -> None:
+    numbers = torch.arange(3 * 1100).mul(7919).remainder(1 << bits).sub(1 << (bits - 1)).view(3, 1100).to(torch.int8)
+    assert FORMAT == 1
+    assert hashlib.sha256(pack(numbers, bits).numpy().tobytes()).hexdigest()[:16] == digest
 
 
 # ---- Writing ----

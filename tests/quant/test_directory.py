@@ -348,7 +348,9 @@ def test_what_schemes_store_is_what_this_format_says() -> None:
     }
 
 
-@pytest.mark.parametrize(("bits", "digest"), [(4, "29b956c3d613f107"), (2, "51532157482d5445"), (1, "1f137710d723c9b7")])
+@pytest.mark.parametrize(
+    ("bits", "digest"), [(4, "29b956c3d613f107"), (2, "51532157482d5445"), (1, "1f137710d723c9b7")]
+)
 def test_how_numbers_are_packed_is_what_this_format_says(bits: int, digest: str) -> None:
     numbers = torch.arange(3 * 1100).mul(7919).remainder(1 << bits).sub(1 << (bits - 1)).view(3, 1100).to(torch.int8)
     assert FORMAT == 1

@@ -24,7 +24,14 @@ from generate.scheduler import slots_needed
 from generate.stats import Ledger, weight_bytes_per_token
 from model.chat_template import ChatTemplate, load_chat_template
 from model.config import ModelConfig, from_hf, load_config
-from model.device import TORCH_DTYPES, DeviceChoice, DtypeChoice, resolve_device, resolve_dtype
+from model.device import (
+    TORCH_DTYPES,
+    DeviceChoice,
+    DtypeChoice,
+    give_back_freed_memory,
+    resolve_device,
+    resolve_dtype,
+)
 from model.kv_cache import KVCache
 from model.layers import RMSNorm
 from model.loader import Source, SourceOf, TakeWeight, fill_parameters, load_weights
@@ -39,6 +46,8 @@ from quant.recipe import read_recipe
 DEFAULT_CONTEXT = 4096
 """Positions of the cache when nobody says how many: enough for most, and no surprise in memory."""
 PREFILL_CHUNK = {"cpu": 512, "mps": 512, "cuda": 2048}
+GIVE_BACK_EVERY = 2**26
+"""So many weights are quantized before what that left of the memory in pieces is given back."""
 RANDOM_STD = 0.02
 RANDOM_PERIOD = 1_000_003  # prime: no two rows of a matrix repeat each other
 
@@ -262,8 +271,15 @@ def _load(prepared: Prepared) -> Transformer:
         take = None
         if prepared.plan is not None:
 
+            quantized = 0
+
             def count(numbers: int) -> None:
+                nonlocal quantized
                 progress.advance(numbers * dtype.itemsize)
+                quantized += numbers
+                if quantized >= GIVE_BACK_EVERY:
+                    give_back_freed_memory()
+                    quantized = 0
 
             quantize = QuantizeOnLoad(model, prepared.plan, device, dtype, count)
 
@@ -272,6 +288,8 @@ def _load(prepared: Prepared) -> Transformer:
                     return quantize(name, module, source)
 
         fill(prepared, model, lambda name: progress.advance(sizes[name] * dtype.itemsize), take)
+    if prepared.plan is not None:
+        give_back_freed_memory()
     return model
 
 

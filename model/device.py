@@ -1,5 +1,6 @@
 """The hardware: which device and dtype "fast" means here and why, peak memory, memory bandwidth. Knows no model."""
 
+import ctypes
 import json
 import mmap
 import os
@@ -181,6 +182,16 @@ def reset_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of the resident set
         except OSError:
             return  # a hardened container forbids it: the peak then covers the whole process, never less
+
+
+def give_back_freed_memory() -> None:
+    """Return to the system what the CPU's allocator holds of memory that is free; nothing where it cannot be asked.
+
+    Large tensors that stay, made between many that go, leave it in pieces: after quantizing 0.6 billion weights to
+    int8, 70 to 105 MB beside 597 MB of weights (glibc 2.36).
+    """
+    with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def known_bandwidth(device: torch.device, directory: Path | None, say: Callable[[str], None]) -> Bandwidth:

@@ -180,15 +180,21 @@ def build_settings(
     dtype = _pick("dtype", args, environ, say, recipe.dtype if recipe else None, DTYPES) or Setting("fast")
     model = _pick("model", args, environ, say) or Setting(DEFAULT_MODEL)
     max_seq_len = _pick("max_seq_len", args, environ, say) if "max_seq_len" in args else None
+    switches = {
+        name: _switch(name, args, environ, say) if name in args else Setting("no")
+        for name in ("compile", "compile_prefill")
+    }
+    given = {"model": model, "quantize": quantize, "max_seq_len": max_seq_len, **switches}
     return BuildSettings(
         model=model.value,
         device=device,
         dtype=dtype,
-        compile="compile" in args and _switch("compile", args, environ, say),
-        compile_prefill="compile_prefill" in args and _switch("compile_prefill", args, environ, say),
+        compile=switches["compile"].value in YES,
+        compile_prefill=switches["compile_prefill"].value in YES,
         quantize=recipe.text if recipe and recipe.entries else None,
         quantize_source=recipe.name if recipe and recipe.entries else None,
         max_seq_len=_count(max_seq_len) if max_seq_len else None,
+        sources={name: setting.source for name, setting in given.items() if setting is not None},
     )
 
 
@@ -245,16 +251,18 @@ def _pick(
     return winner
 
 
-def _switch(name: str, args: argparse.Namespace, environ: Mapping[str, str], say: Callable[[str], None]) -> bool:
+def _switch(name: str, args: argparse.Namespace, environ: Mapping[str, str], say: Callable[[str], None]) -> Setting:
+    """As `_pick`, of a flag that is there or not; its value is one of YES or of NO."""
     flag, variable = vars(args)[name], ENVIRONMENT[name]
     text = environ.get(variable, "").lower()
     if text and text not in YES + NO:
         raise UserError(f"{variable} must be one of {', '.join(YES + NO)}, not {shorten(text)!r}")
     if flag is None:
-        return text in YES
+        return Setting(text, variable) if text else Setting("no")
+    spelled = _flag(name) if flag else f"--no-{_flag(name)[2:]}"
     if text and flag != (text in YES):
-        say(f"{_flag(name) if flag else '--no-' + _flag(name)[2:]} overrides {variable} {text}")
-    return bool(flag)
+        say(f"{spelled} overrides {variable} {text}")
+    return Setting("yes" if flag else "no", spelled)
 
 
 def _count(setting: Setting) -> int:

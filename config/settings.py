@@ -1,7 +1,7 @@
 """What a person asked for, frozen and checked: how to build the model, how to sample. Knows no flags and no torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from config.errors import UserError
@@ -40,6 +40,15 @@ class BuildSettings:
     """Positions in the KV cache (prompt and answer together); None for what the model and the memory allow."""
     max_num_seqs: int = 1
     random_weights: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Who set `model`, `compile`, `compile_prefill`, `quantize` and `max_seq_len`, as a `Setting` has it; what is missing
+    has its default."""
+
+    def source(self, name: str) -> str:
+        """Who set a setting: "--dtype", "TORCHCHAT_MODEL", "default"."""
+        if name in ("device", "dtype"):
+            return {"device": self.device, "dtype": self.dtype}[name].source
+        return self.sources.get(name, Setting.source)
 
     def __post_init__(self) -> None:
         one_of("device", self.device.value, DEVICES)

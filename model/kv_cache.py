@@ -51,6 +51,15 @@ class KVCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
 
+def bytes_read(config: ModelConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that making one token reads, `context` positions being there with its own."""
+    window = config.sliding_window
+    seen = [
+        context if layer.attention != "sliding" or window is None else min(context, window) for layer in config.layers
+    ]
+    return 2 * sum(seen) * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
+
 def distinct_ropes(config: ModelConfig) -> list[RopeConfig]:
     """The rotary embeddings of a model, each once, in the order of the layers that use them first."""
     return list(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))

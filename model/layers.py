@@ -36,6 +36,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def computed_by(device: torch.device, dtype: torch.dtype) -> str:
+    """What `Linear` of one row comes down to while decoding, in words."""
+    if kernels.usable(torch.empty(1, dtype=dtype, device=device)):
+        return "own kernel (Triton)"
+    return "PyTorch (mv)" if device.type == "cpu" and dtype == torch.bfloat16 else "PyTorch (linear)"
+
+
 class Table(nn.Module):
     """Parameters of which a step reads the rows that it needs, one a token, and not all."""
 

@@ -33,10 +33,24 @@ class _Piece:
     interleaved_heads: int
 
 
+@dataclass(frozen=True)
+class Mapped:
+    """Bytes of files that reading a parameter maps: the system counts them as the process's memory, and takes them back
+    when it needs them.
+    """
+
+    at_once: int = 0
+    stays: bool = False
+    """Until all is loaded."""
+
+
 class Source(Protocol):
     """Where a parameter comes from: whole, or a part of its rows after the other, on the device and in the dtype that
     it is for.
     """
+
+    @property
+    def mapped(self) -> "Mapped": ...
 
     def whole(self) -> Tensor: ...
 
@@ -57,6 +71,12 @@ class _Stored:
     pieces: tuple[_Piece, ...]
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def mapped(self) -> Mapped:
+        sizes = [piece.stored.nbytes for piece in self.pieces]
+        stays = any(piece.stored.stays for piece in self.pieces)
+        return Mapped(sum(sizes) if stays else max(sizes), stays)
 
     def whole(self) -> Tensor:
         return next(self.blocks(self.shape[0]))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from config.errors import UserError
 from model.checkpoint import find_checkpoint
-from model.loader import Source, SourceOf
+from model.loader import Mapped, Source, SourceOf
 from model.stored_tensors import StoredTensor, open_checkpoint
 
 FORMAT = "torchchat"
@@ -108,6 +108,10 @@ class _Saved:
     stored: StoredTensor
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def mapped(self) -> Mapped:
+        return Mapped(min(READ_BYTES, torch.Size(self.stored.shape).numel() * self.dtype.itemsize))
 
     def whole(self) -> Tensor:
         return next(self.blocks(self.stored.shape[0]))

@@ -32,6 +32,14 @@ class StoredTensor:
     dtype: torch.dtype | str
     read: Callable[[], Tensor]
     """Maps the tensor, on the CPU: its pages are read when it is used and are not this process's own memory."""
+    stays: bool = False
+    """Whether pages that were read stay mapped until the whole checkpoint is let go."""
+
+    @property
+    def nbytes(self) -> int:
+        """In the file, of a tensor of one of torch's types."""
+        assert isinstance(self.dtype, torch.dtype), self.dtype
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 # A tensor of Meta's checkpoints may be in several files, a piece in each.
@@ -127,7 +135,7 @@ def _open_torch(file: Path) -> dict[str, StoredTensor]:
             raise UserError(f"{file}: {full_name!r} is no tensor, but a {type(value).__name__}")
         # What torch.compile puts before the names of a module that it wraps.
         name = full_name.removeprefix("_orig_mod.")
-        tensors[name] = StoredTensor(file, full_name, tuple(value.shape), value.dtype, _constant(value))
+        tensors[name] = StoredTensor(file, full_name, tuple(value.shape), value.dtype, _constant(value), stays=True)
     return tensors
 
 

@@ -96,6 +96,15 @@ def available() -> bool:
     return _library is not None or _load() is not None
 
 
+def code_name() -> str | None:
+    """What the code is called where there is a compiler for it, None where there is none. Compiles nothing."""
+    try:
+        cxx_compiler()
+    except FileNotFoundError:
+        return None
+    return "AVX-512" if {"avx512f", "avx512bw"} <= set(cpu_flags().split()) else "C++"
+
+
 def why_not() -> str | None:
     """Why they cannot be called: one line. None if they can."""
     return None if available() else _why_not

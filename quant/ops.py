@@ -9,6 +9,7 @@ from torch import Tensor
 from model import kernels as model_kernels
 from model.ops import register_op
 from quant import kernels, native
+from quant.formats import Format
 from quant.packed import dequantize
 
 NATIVE_ROWS = 16
@@ -35,6 +36,14 @@ def quantized_linear(
     if x.shape[0] <= NATIVE_ROWS and native.available():
         return native.linear(x, values, scale, zero, bias, K, bits, group_size)
     return _by_panels(x, values, scale, zero, bias, K, bits, group_size)
+
+
+def computed_by(form: Format, device: torch.device, dtype: torch.dtype) -> str:
+    """What `quantized_linear` of one row comes down to, in words. Compiles nothing."""
+    one = torch.empty(1, dtype=dtype, device=device)
+    if device.type == "cpu" and (code := native.code_name()):
+        return f"own kernel ({code})"
+    return "own kernel (Triton)" if fused_usable(one, form.kind, form.bits) else "PyTorch, the weight made anew"
 
 
 def _by_panels(

@@ -92,10 +92,11 @@ def test_no_more_tokens_are_predicted_than_wanted(bos, most):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("chunk", [100, 2**23])
+@pytest.mark.parametrize("chunk", [100, 2**25])
 def test_a_comparison_is_what_its_formulas_say(monkeypatch, chunk, tied):
     """Against each window read alone by whole models, all its logits at once."""
     monkeypatch.setattr(score, "CHUNK_NUMBERS", chunk)
+    monkeypatch.setattr(score, "PART_NUMBERS", chunk // 2)
     model, reference = random_model(1, tied), random_model(2, tied)
     empty, weights, _ = streamed(model)
     other, other_weights, _ = streamed(reference)

@@ -1,7 +1,7 @@
 // Products with quantized weights on processors with AVX-512, at the speed of memory.
 //
-// A weight's row is read in blocks of 64 bytes, which hold several runs of 32 numbers. A format says how a block becomes
-// vectors of numbers, in which order it wants x for them (`place`), and how the sums of products, 16 in each of PARTS
+// A weight's row is read in blocks of 64 bytes, which hold several runs of 32 numbers. A format says how a block
+// becomes vectors of numbers, in which order it wants x for them, and how the sums of products, 16 in each of PARTS
 // vectors, are scaled: a sum never holds products of two runs.
 //
 // x of 16 bits becomes integers of 16 bits, each run of 32 with a power of two as its scale: that is exact for every
@@ -24,19 +24,18 @@ constexpr int RUN = 32;
 // How many bytes before they are used memory is asked for. Two steps, since few requests of the nearest cache can be
 // under way at a time, and many of the next: that is a third faster than one step from memory to the nearest.
 constexpr int NEAR = 768, FAR = 6144;
-constexpr int ROWS = 4;      // of x, the most that a weight is unpacked for at once
+constexpr int ROWS = 4;  // of x, the most that a weight is unpacked for at once
 
 // What stands for a run of x besides its numbers. Each format says besides: ADDED, what its codes are more than the
-// numbers; UNIT, what one is worth.
+// numbers; UNIT, what one is worth; and where in a block the numbers of x go, in PIECES of each run that are APART.
 struct OfRun {
     float scale, sum;
 };
 
 // Formats of a byte a number: the numbers of a run are 32 bytes, and a run is a part.
 struct Bytes {
-    static constexpr int RUNS = 2, PARTS = 2, ADDED = 0;
+    static constexpr int RUNS = 2, PARTS = 2, ADDED = 0, PIECES = 1, APART = 0;
 
-    static constexpr int place(int run, int k) { return run * RUN + k; }
     static __m512 scale(int part, const float* of_runs) { return _mm512_set1_ps(of_runs[part]); }
 };
 
@@ -46,9 +45,13 @@ struct Packed {
     static constexpr int RUNS = 16 / BITS, PARTS = 1, MASK = (1 << BITS) - 1;
 
     static __m512 scale(int, const float* of_runs) {
+        // No more is loaded than is used: scales were stored just before, and a load across two stores waits for both.
+        const __m512 scales = BITS == 4   ? _mm512_broadcast_f32x4(_mm_loadu_ps(of_runs))
+                              : BITS == 2 ? _mm512_broadcast_f32x8(_mm256_loadu_ps(of_runs))
+                                          : _mm512_loadu_ps(of_runs);
         const __m512i word = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         constexpr int log2 = BITS == 4 ? 2 : BITS == 2 ? 1 : 0;
-        return _mm512_permutexvar_ps(_mm512_srli_epi32(word, log2), _mm512_loadu_ps(of_runs));
+        return BITS == 1 ? scales : _mm512_permutexvar_ps(_mm512_srli_epi32(word, log2), scales);
     }
 };
 
@@ -59,15 +62,18 @@ struct Shorts {
 
     // The scale is 2**(e - 14), the greatest number of the run being at least 2**e and less than 2**(e + 1).
     static OfRun arrange(const float* x, X* out) {
-        uint32_t greatest = 0;
-        for (int k = 0; k < RUN; k++) greatest = std::max(greatest, as_bits(x[k]) & 0x7fffffff);
-        const uint32_t exponent = greatest >> 23;
+        const __m512 first = _mm512_loadu_ps(x), second = _mm512_loadu_ps(x + 16);
+        const __m512i bits = _mm512_max_epu32(_mm512_castps_si512(_mm512_abs_ps(first)),
+                                              _mm512_castps_si512(_mm512_abs_ps(second)));
+        const uint32_t exponent = _mm512_reduce_max_epu32(bits) >> 23;
         const bool ordinary = exponent > 14 && exponent < 255;
-        const float inverse = ordinary ? as_float((268 - exponent) << 23) : 0;
-        int32_t sum = 0;
-        for (int k = 0; k < RUN; k++) sum += out[k] = int16_t(__builtin_rintf(x[k] * inverse));
+        const __m512 inverse = _mm512_set1_ps(ordinary ? as_float((268 - exponent) << 23) : 0);
         const float scale = ordinary ? as_float((exponent - 14) << 23) : exponent < 255 ? 0 : __builtin_nanf("");
-        return {scale, float(sum) * scale};
+        const __m512i low = _mm512_cvtps_epi32(_mm512_mul_ps(first, inverse));
+        const __m512i high = _mm512_cvtps_epi32(_mm512_mul_ps(second, inverse));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm512_cvtepi32_epi16(low));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + 16), _mm512_cvtepi32_epi16(high));
+        return {scale, float(_mm512_reduce_add_epi32(_mm512_add_epi32(low, high))) * scale};
     }
 };
 
@@ -95,24 +101,29 @@ inline __m512i add_products(__m512i sums, __m512i w, __m512i x) {
 // Vector j of a block: of each half of its words the code at bits BITS * j.
 template <int BITS>
 struct PackedShorts : Shorts, Packed<BITS> {
-    static constexpr int CODES = 16 / BITS, ADDED = 1 << (BITS - 1);
+    static constexpr int CODES = 16 / BITS, ADDED = 1 << (BITS - 1), PIECES = CODES, APART = RUN;
     static constexpr float UNIT = 1;
     struct Numbers { __m512i codes[CODES]; };
 
-    static constexpr int place(int run, int k) {
-        const int word = run * BITS + k % BITS, code = k / BITS;
-        return code % CODES * RUN + 2 * word + code / CODES;
+    static OfRun arrange(const float* x, X* out) {
+        X run[RUN];
+        alignas(64) X from[RUN];
+        for (int i = 0; i < RUN; i++) from[i] = X((i / (2 * BITS) + i % 2 * CODES) * BITS + i % (2 * BITS) / 2);
+        const OfRun of_run = Shorts::arrange(x, run);
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(from), _mm512_loadu_si512(run)));
+        return of_run;
     }
     static Numbers unpack(const uint8_t* block) {
-        const __m512i words = _mm512_loadu_si512(block), mask = _mm512_set1_epi16(Packed<BITS>::MASK);
+        __m512i words = _mm512_loadu_si512(block), mask = _mm512_set1_epi16(Packed<BITS>::MASK);
+        asm("" : "+v"(words));  // or compilers load it again for each shift
         Numbers w;
         for (int j = 0; j < CODES - 1; j++) w.codes[j] = _mm512_and_si512(_mm512_srli_epi16(words, BITS * j), mask);
         w.codes[CODES - 1] = _mm512_srli_epi16(words, 16 - BITS);
         return w;
     }
     static __m512 multiply(const Numbers& w, int, const X* x) {
-        __m512i sums = _mm512_setzero_si512();
-        for (int j = 0; j < CODES; j++) sums = add_products(sums, w.codes[j], _mm512_loadu_si512(x + RUN * j));
+        __m512i sums = _mm512_madd_epi16(w.codes[0], _mm512_loadu_si512(x));
+        for (int j = 1; j < CODES; j++) sums = add_products(sums, w.codes[j], _mm512_loadu_si512(x + RUN * j));
         return _mm512_cvtepi32_ps(sums);
     }
 };
@@ -151,6 +162,7 @@ struct Int8Floats : ByteFloats {
 };
 
 // The bits of e4m3 are those of a half with fewer bits, whose exponent has another bias: it is 2**-8 of the number.
+// (Its NaN becomes a number; but then the scale, which is made from the greatest number, is NaN.)
 struct Fp8Floats : ByteFloats {
     static constexpr float UNIT = 256;
 
@@ -170,11 +182,9 @@ struct Fp8Floats : ByteFloats {
 // Vector j of a block: of each of its words the number at bits BITS * j.
 template <int BITS>
 struct PackedFloats : Floats, Packed<BITS> {
-    static constexpr int CODES = 32 / BITS, ADDED = 0;
+    static constexpr int CODES = 32 / BITS, ADDED = 0, PIECES = CODES, APART = 16;
     static constexpr float UNIT = 1;
     struct Numbers { __m512 of[CODES]; };
-
-    static constexpr int place(int run, int k) { return k / BITS * 16 + run * BITS + k % BITS; }
 
     static Numbers unpack(const uint8_t* block) {
         float table[16];
@@ -242,10 +252,11 @@ Runs arrange(const void* x, Dtype type, int64_t M, const Weight& weight, typenam
     for (int64_t m = 0; m < M; m++) {
         to_floats(x, type, m * weight.K, weight.K, wide);
         for (int64_t r = 0; r < stride / RUN; r++) {
-            typename F::X run[RUN];
+            constexpr int PIECE = RUN / F::PIECES;
+            typename F::X run[RUN], *const block = numbers + m * stride + r / F::RUNS * F::RUNS * RUN;
             const OfRun of_run = F::arrange(wide + r * RUN, run);
-            typename F::X* const block = numbers + m * stride + r / F::RUNS * F::RUNS * RUN;
-            for (int k = 0; k < RUN; k++) block[F::place(int(r % F::RUNS), k)] = run[k];
+            for (int i = 0; i < F::PIECES; i++)
+                std::memcpy(block + i * F::APART + r % F::RUNS * PIECE, run + i * PIECE, PIECE * sizeof *run);
             scales[m * count + r] = of_run.scale * F::UNIT;
             sums[m * count + r] = of_run.sum;
         }
@@ -367,7 +378,8 @@ void for_runs(const Weight& weight, int64_t n, const Run& run) {
         const int64_t at = n * weight.groups + g, last = std::min((g + 1) * weight.group_size, weight.K);
         const float scale = get(weight.scale, weight.scale_type, at);
         const float zero = weight.zero ? get(weight.zero, weight.zero_type, at) : 0;
-        for (int64_t k = g * weight.group_size; k < last; k += RUN) run(k, std::min<int64_t>(RUN, last - k), scale, zero);
+        for (int64_t k = g * weight.group_size; k < last; k += RUN)
+            run(k, std::min<int64_t>(RUN, last - k), scale, zero);
     }
 }
 

@@ -34,7 +34,7 @@ from model.device import (
 )
 from model.kv_cache import KVCache
 from model.layers import RMSNorm
-from model.loader import Mapped, Source, SourceOf, TakeWeight, fill_parameters, load_weights
+from model.loader import NOT_MAPPED, Mapped, Source, SourceOf, TakeWeight, fill_parameters, load_weights
 from model.saved import saved_sources
 from model.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -218,7 +218,7 @@ class RandomParameter:
     shape: torch.Size
     value: float | None
     """Of all its numbers, in place of the pattern."""
-    mapped: Mapped = Mapped()  # no file
+    mapped: Mapped = NOT_MAPPED
 
     def whole(self) -> torch.Tensor:
         return next(self.blocks(self.shape[0]))

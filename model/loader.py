@@ -44,6 +44,9 @@ class Mapped:
     """Until all is loaded."""
 
 
+NOT_MAPPED = Mapped()
+
+
 class Source(Protocol):
     """Where a parameter comes from: whole, or a part of its rows after the other, on the device and in the dtype that
     it is for.

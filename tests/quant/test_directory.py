@@ -23,6 +23,7 @@ from cli.quantize import ReceiptText
 from cli.saving import job_of, save
 from config.errors import UserError
 from config.settings import BuildSettings, Setting
+from model import device
 from model.config import from_hf, hf_document, load_config
 from model.kv_cache import KVCache
 from model.saved import Layout, TensorWriter
@@ -74,9 +75,9 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return directory
 
 
-def settings(model: Path, recipe: str | None = None, dtype: str = "fast", device: Setting = CPU) -> BuildSettings:
+def settings(model: Path, recipe: str | None = None, dtype: str = "fast", where: Setting = CPU) -> BuildSettings:
     text = None if recipe is None else read_recipe(recipe, "--quantize").text
-    return BuildSettings(str(model), device, Setting(dtype, "--dtype"), quantize=text, quantize_source="--quantize")
+    return BuildSettings(str(model), where, Setting(dtype, "--dtype"), quantize=text, quantize_source="--quantize")
 
 
 def written(model: Path, recipe: str, dtype: str, output: Path, text: ReceiptText | None = None) -> Path:
@@ -145,10 +146,10 @@ def test_saved_on_a_gpu_is_fresh_there_and_loads_on_a_cpu(
     _, receipt = save(job_of(prepared, tmp_path / "dir", TEXT))
     assert receipt is not None
     assert receipt.device == "cuda"
-    for device in (cuda, CPU):
-        loaded = load_model(prepare(settings(tmp_path / "dir", device=device)), 32)
+    for place in (cuda, CPU):
+        loaded = load_model(prepare(settings(tmp_path / "dir", where=place)), 32)
         for name, parameter in loaded.named_parameters():
-            assert parameter.device.type == device.value
+            assert parameter.device.type == place.value
             assert torch.equal(parameter.cpu().view(torch.uint8), fresh[name].cpu().view(torch.uint8)), name
     assert logits(loaded).isfinite().all()
 
@@ -214,6 +215,25 @@ def test_fast_is_the_stored_dtype_and_another_is_converted_and_said(
         floats = parameter.dtype.is_floating_point
         assert parameter.dtype == ({"bf16": torch.bfloat16, "fp32": torch.float32}[other] if floats else torch.int8)
         assert torch.equal(parameter, theirs[name].to(parameter.dtype))
+
+
+@pytest.mark.parametrize(
+    ("asked", "stored", "name", "why"),
+    [
+        ("fast", "bf16", "fp16", "fast: no bf16 here; stored in bf16"),
+        ("fast16", "bf16", "fp16", "fast16: no bf16 here; stored in bf16"),
+        ("fast", "fp32", "fp32", "fast: as stored"),
+        ("fast16", "fp32", "fp16", "fast16: no bf16 here; stored in fp32"),
+        ("fast16", "fp16", "fp16", "fast16: as stored"),
+        ("bf16", "bf16", "bf16", "--dtype"),
+    ],
+)
+def test_a_device_that_does_not_run_the_stored_dtype(
+    asked: str, stored: str, name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "_bf16_hardware", lambda device: (False, "no bf16 here"))
+    choice = device.resolve_dtype(Setting(asked, "--dtype"), torch.device("mps"), stored)
+    assert (choice.name, choice.why) == (name, why)
 
 
 def test_a_quantized_model_is_not_quantized_again(made: Path, tmp_path: Path) -> None:

@@ -364,11 +364,15 @@ inline bool fast_linear(const void* x, Dtype type, int64_t M, const Weight& weig
 
 inline __m256i to_halves(__m512 values, Dtype type) {
     if (type == FP16) return _mm512_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#ifdef __AVX512BF16__
+    return (__m256i)_mm512_cvtneps_pbh(values);
+#else
     const __m512i bits = _mm512_castps_si512(values);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(_mm512_srli_epi32(rounded, 16), nan, 0x7fc0));
+#endif
 }
 
 // run(first, count, scale, zero) for each run of row n: `count` numbers from the number `first` on.
@@ -420,10 +424,10 @@ void dequantize_codes(const Weight& weight, int64_t n, Dtype type, uint16_t* out
     for_runs(weight, n, [&](int64_t k, int64_t count, float scale, float zero) __attribute__((always_inline)) {
         const __m512 values = _mm512_mul_ps(_mm512_sub_ps(numbers, _mm512_set1_ps(zero)), _mm512_set1_ps(scale));
         const __m512i table = _mm512_broadcast_i64x4(to_halves(values, type));
-        uint8_t run[64];
+        int64_t run[2] = {};
         std::memcpy(run, weight.row(n) + k / RUN * 4 * BITS, 4 * BITS);
-        const __m512i words = _mm512_permutexvar_epi16(half_of_word, _mm512_loadu_si512(run));
-        const __m512i shifted = _mm512_srlv_epi16(words, shift);
+        const __m512i words = _mm512_castsi128_si512(_mm_set_epi64x(run[1], run[0]));
+        const __m512i shifted = _mm512_srlv_epi16(_mm512_permutexvar_epi16(half_of_word, words), shift);
         store_halves(_mm512_permutexvar_epi16(shifted, table), count, out + k);  // it reads the lowest 5 bits only
     });
 }

@@ -50,18 +50,23 @@ inline uint32_t as_bits(float value) {
     return bits;
 }
 
+// Without a branch, so that loops of it become vectors.
+inline uint32_t choose(bool condition, uint32_t yes, uint32_t no) { return no ^ ((yes ^ no) & -uint32_t(condition)); }
+
 inline float from_bf16(uint16_t half) { return as_float(uint32_t(half) << 16); }
 
 inline uint16_t to_bf16(float value) {
     const uint32_t bits = as_bits(value);
     const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-    return uint16_t(value != value ? 0x7fc0 : rounded);
+    return uint16_t(choose(value != value, 0x7fc0, rounded));
 }
 
+// Subnormal numbers are converted as integers: processors take a hundred cycles for a float that is one.
 inline float from_fp16(uint16_t half) {
-    const uint32_t magnitude = uint32_t(half & 0x7fff) << 13;
-    const float finite = as_float(magnitude) * 0x1p112f;  // also makes subnormal numbers what they are
-    const uint32_t bits = magnitude >= 0x0f800000 ? magnitude | 0x7f800000 : as_bits(finite);
+    const uint32_t magnitude = half & 0x7fff;
+    const uint32_t small = as_bits(float(int(magnitude)) * 0x1p-24f);
+    const uint32_t finite = choose(magnitude < 0x400, small, (magnitude << 13) + (112 << 23));
+    const uint32_t bits = choose(magnitude < 0x7c00, finite, magnitude << 13 | 0x7f800000);
     return as_float(bits | uint32_t(half & 0x8000) << 16);
 }
 
@@ -70,16 +75,16 @@ inline uint16_t to_fp16(float value) {
     // Subnormal halves: adding 0.5 leaves the rounded number of 2**-24 in the low bits.
     const uint32_t small = as_bits(as_float(magnitude) + 0.5f) - 0x3f000000;
     const uint32_t normal = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
-    const uint32_t finite = std::min<uint32_t>(magnitude < 0x38800000 ? small : normal, 0x7c00);
-    return uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : finite));
+    const uint32_t finite = std::min<uint32_t>(choose(magnitude < 0x38800000, small, normal), 0x7c00);
+    return uint16_t(sign | choose(magnitude > 0x7f800000, 0x7e00, finite));
 }
 
 // e4m3fn: four bits of exponent with bias 7, no infinity, one NaN of each sign.
 inline float from_fp8(uint8_t byte) {
     const uint32_t magnitude = byte & 0x7f;
-    const float finite = as_float(magnitude << 20) * 0x1p120f;
-    const uint32_t bits = magnitude == 0x7f ? 0x7fc00000 : as_bits(finite);
-    return as_float(bits | uint32_t(byte & 0x80) << 24);
+    const uint32_t small = as_bits(float(int(magnitude)) * 0x1p-9f);
+    const uint32_t finite = choose(magnitude < 8, small, (magnitude << 20) + (120 << 23));
+    return as_float(choose(magnitude < 0x7f, finite, 0x7fc00000) | uint32_t(byte & 0x80) << 24);
 }
 
 inline float get(const void* source, Dtype type, int64_t i) {

@@ -323,7 +323,7 @@ void linear_by_blocks(const void* x, Dtype type, int64_t M, const Weight& weight
     const auto scale = weight.scale_type == BF16   ? scale_runs<BF16>
                        : weight.scale_type == FP16 ? scale_runs<FP16>
                                                    : scale_runs<FP32>;
-    in_parts(N, threads, [&](int64_t first, int64_t last) {
+    in_parts(N, N * weight.row_bytes, threads, [&](int64_t first, int64_t last) {
         float* const scales = scratch<1>(ROWS * runs.count);
         uint8_t tail[64] = {};
         for (int64_t n = first; n < last; n++) {

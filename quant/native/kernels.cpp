@@ -7,8 +7,6 @@
 
 namespace {
 
-constexpr int64_t SERIAL_BYTES = 1 << 15;  // of weight; below it a second thread costs more than it brings
-
 template <int BITS>
 void unpack(const uint8_t* row, int64_t K, float* __restrict out) {
     constexpr int MASK = (1 << BITS) - 1, MIDDLE = 1 << (BITS - 1);
@@ -54,7 +52,7 @@ void linear_by_rows(const void* x, Dtype type, int64_t M, const Weight& weight, 
     const int64_t stride = round_up(weight.K, PAD), row_floats = round_up(weight.K, 512);
     float* wide = scratch<0>(M * stride);
     widen(x, type, M, weight.K, stride, wide);
-    in_parts(weight.N, threads, [&](int64_t first, int64_t last) {
+    in_parts(weight.N, weight.N * weight.row_bytes, threads, [&](int64_t first, int64_t last) {
         float* const row = scratch<1>(row_floats);
         for (int64_t n = first; n < last; n++) {
             dequantize_row(weight, n, row);
@@ -72,7 +70,6 @@ extern "C" void torchchat_linear(const void* x, const void* values, const void* 
                                  const void* bias, void* out, int64_t M, int64_t N, int64_t K, int64_t group_size,
                                  int bits, int kind, int x_type, int scale_type, int zero_type, int threads) {
     const Weight weight(values, scale, zero, N, K, group_size, bits, Dtype(kind), Dtype(scale_type), Dtype(zero_type));
-    if (N * weight.row_bytes < SERIAL_BYTES) threads = 1;
 #ifdef HAS_FAST_CODE
     if (fast_linear(x, Dtype(x_type), M, weight, bias, out, threads)) return;
 #endif
@@ -84,8 +81,7 @@ extern "C" void torchchat_dequantize(const void* values, const void* scale, cons
                                      int64_t last, int64_t N, int64_t K, int64_t group_size, int bits, int kind,
                                      int scale_type, int zero_type, int out_type, int threads) {
     const Weight weight(values, scale, zero, N, K, group_size, bits, Dtype(kind), Dtype(scale_type), Dtype(zero_type));
-    if ((last - first) * weight.row_bytes < SERIAL_BYTES) threads = 1;
-    in_parts(last - first, threads, [&](int64_t begin, int64_t end) {
+    in_parts(last - first, (last - first) * weight.row_bytes, threads, [&](int64_t begin, int64_t end) {
         float* const row = scratch<1>(round_up(K, 512));
         for (int64_t n = begin; n < end; n++) {
 #ifdef HAS_FAST_CODE

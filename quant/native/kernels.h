@@ -11,6 +11,8 @@
 
 #ifdef _OPENMP
 #include <omp.h>
+#else
+#include <thread>
 #endif
 
 namespace {
@@ -158,21 +160,35 @@ inline float dot(const float* a, const float* b, int64_t count) {
     return total;
 }
 
-// work(first, last): all of [0, count) in one contiguous part for each thread.
-template <class Work>
-void in_parts(int64_t count, int threads, const Work& work) {
-    threads = int(std::max<int64_t>(1, std::min<int64_t>(threads, count)));
+// Less weight than this is faster done by one thread than handed to others. Without OpenMP, which keeps its threads,
+// they are made for each call.
 #ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-        {
-            const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
-            work(count * me / team, count * (me + 1) / team);
-        }
+constexpr int64_t SERIAL_BYTES = 1 << 15;
+#else
+constexpr int64_t SERIAL_BYTES = 1 << 19;
+#endif
+
+// work(first, last): all of [0, count) in one contiguous part for each thread; `bytes` of weight are read in all.
+template <class Work>
+void in_parts(int64_t count, int64_t bytes, int threads, const Work& work) {
+    threads = bytes < SERIAL_BYTES ? 1 : int(std::min<int64_t>(threads, count));
+    if (threads <= 1) {
+        work(0, count);
         return;
     }
+#ifdef _OPENMP
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t team = omp_get_num_threads(), me = omp_get_thread_num();
+        work(count * me / team, count * (me + 1) / team);
+    }
+#else
+    std::vector<std::thread> others;
+    for (int64_t me = 1; me < threads; me++)
+        others.emplace_back([=, &work] { work(count * me / threads, count * (me + 1) / threads); });
+    work(0, count / threads);
+    for (std::thread& other : others) other.join();
 #endif
-    work(0, count);
 }
 
 // Memory that stays for the next call of this thread; each WHICH is another.

@@ -23,7 +23,10 @@ from config.compiler import cpu_flags, cxx_compiler
 from quant.packed import dequantize as plain_dequantize
 from quant.packed import pack
 
-SOURCES = tuple(Path(__file__).parent / "native" / name for name in ("kernels.cpp", "kernels.h", "avx512.h"))
+SOURCES = tuple(
+    Path(__file__).parent / "native" / name for name in ("kernels.cpp", "kernels.h", "avx512.h", "avx512_formats.h")
+)
+"""The first is compiled, and includes the others."""
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread")
 CHOICES = tuple(
     (*target, *threads)

@@ -1,7 +1,7 @@
 // Products with quantized weights on a CPU: the two entry points, and code for processors without AVX-512.
 #include "kernels.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__)
+#if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "avx512.h"
 #endif
 

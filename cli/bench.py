@@ -95,9 +95,12 @@ def run(args: argparse.Namespace) -> int:
     # Torch from here on.
     from cli.bench_report import Report
     from cli.builder import out_of_memory, prepare
+    from cli.explain_report import show_explanation
 
     prepared = prepare(settings)
     plan = Plan.of(args, prepared)
+    if args.explain:
+        return show_explanation(prepared, plan.max_seq_len, max(plan.batches), as_json=args.json)
     _check_memory(prepared, plan)
     status(describe_build(prepared.settings, prepared.device, prepared.dtype))
     report = Report(prepared, plan.max_seq_len, plan.repeats, show=not args.json)
@@ -121,7 +124,9 @@ def _settings(args: argparse.Namespace) -> BuildSettings:
             "one is measured with its own weights, the other with random ones; leave one out"
         )
     named = argparse.Namespace(**{**vars(args), "model": args.random_weights})
-    return dataclasses.replace(build_settings(named, os.environ), random_weights=True)
+    settings = build_settings(named, os.environ)
+    sources = {**settings.sources, "model": "--random-weights"}
+    return dataclasses.replace(settings, random_weights=True, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -162,20 +167,16 @@ class Plan:
 
 def _check_memory(prepared: "Prepared", plan: Plan) -> None:
     """Random weights would be written into memory that is not there, until the system ends the process."""
-    from cli.measure import free_memory, model_bytes
-    from generate.scheduler import slots_needed
+    from cli.needs import needs_of
 
-    device = prepared.device.device
     if not prepared.settings.random_weights:
         return
-    slots = slots_needed(max(plan.batches))
-    weights, cache = model_bytes(prepared.config, slots, plan.max_seq_len, prepared.dtype.dtype)
-    free = free_memory(device)
-    if weights + cache > free:
+    needs = needs_of(prepared, plan.max_seq_len, max(plan.batches))
+    if needs.weights + needs.cache > needs.free:
         raise UserError(
-            f"{prepared.name} in {prepared.dtype.name} needs {human_bytes(weights)} for its weights and "
-            f"{human_bytes(cache)} for a context of {plan.max_seq_len}; the {device.type} device has "
-            f"{human_bytes(free)} free: try a smaller --max-seq-len, a 16-bit --dtype, or another --device"
+            f"{prepared.name} in {prepared.dtype.name} needs {human_bytes(needs.weights)} for its weights and "
+            f"{human_bytes(needs.cache)} for a context of {plan.max_seq_len}; the {prepared.device.device.type} device "
+            f"has {human_bytes(needs.free)} free: try a smaller --max-seq-len, a 16-bit --dtype, or another --device"
         )
 
 

@@ -121,7 +121,7 @@ def prepare(settings: BuildSettings, *, needs_tokenizer: bool = True) -> Prepare
                 tokenizer = load_tokenizer(model.path, config)
                 template = load_chat_template(model.path, tokenizer)
             sampling = _recommended_sampling(model.path)
-        plan = _plan(settings, config, device, dtype)
+        plan = plan_of(settings, config, device, dtype)
     return Prepared(
         settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger, plan, stored
     )
@@ -137,7 +137,8 @@ def _as_stored(settings: BuildSettings, stored: Stored) -> BuildSettings:
     return dataclasses.replace(settings, quantize=stored.recipe.text, quantize_source=stored.recipe.name)
 
 
-def _plan(settings: BuildSettings, config: ModelConfig, device: DeviceChoice, dtype: DtypeChoice) -> Plan | None:
+def plan_of(settings: BuildSettings, config: ModelConfig, device: DeviceChoice, dtype: DtypeChoice) -> Plan | None:
+    """What the recipe of the settings, if there is one, does to a model. Raises UserError."""
     if settings.quantize is None:
         return None
     recipe = read_recipe(settings.quantize, settings.quantize_source or "--quantize")

@@ -67,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Torch from here on. What was chosen is said once nothing that was asked for can be wrong any more.
     from cli.builder import build, context_length, prepare
+    from cli.explain_report import show_explanation
     from cli.ledger import Figures
     from generate.engine import check_prompt
 
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
     prompt_ids = _encode(prepared, text, chat=args.chat)
     context = context_length(prepared, len(prompt_ids) + (params.max_new_tokens or 1024))
     check_prompt(prompt_ids, context, prepared.config.vocab_size)
+    if args.explain:
+        return show_explanation(prepared, context, settings.max_num_seqs, as_json=args.json)
     built = build(prepared, context)
     for line in (
         *remarks,

@@ -16,7 +16,6 @@ import torch
 from config.settings import SamplingParams
 from generate.engine import Engine
 from generate.sequence import Sequence
-from model.config import ModelConfig
 from model.device import measure_bandwidth, synchronize
 from model.kv_cache import KVCache
 from model.transformer import Transformer
@@ -190,14 +189,6 @@ def prefill_flops(model: Transformer, tokens: int) -> int:
         seen = tokens if window is None else min(tokens, window)
         pairs += seen * (seen + 1) // 2 + (tokens - seen) * seen
     return 2 * (weights * tokens + head) + 4 * config.num_attention_heads * config.head_dim * pairs
-
-
-def model_bytes(config: ModelConfig, num_slots: int, max_seq_len: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of the weights, and of the cache, of a model that is not built yet."""
-    with torch.device("meta"):
-        weights = sum(parameter.numel() for parameter in Transformer(config).parameters())
-    positions = num_slots * max_seq_len * len(config.layers)
-    return weights * dtype.itemsize, 2 * positions * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
 
 def free_memory(device: torch.device) -> int:

@@ -132,6 +132,12 @@ def add_model_arguments(parser: argparse.ArgumentParser, flags: Sequence[str] = 
     group = parser.add_argument_group("customization")
     for name in flags:
         group.add_argument(_flag(name), **MODEL_FLAGS[name])
+    group.add_argument(
+        "--explain",
+        action="store_true",
+        help="load and run nothing: print what would be built, and from which settings; the layers by scheme, memory, "
+        "and the speed that reading them allows",
+    )
     variables = ", ".join(variable for name, variable in ENVIRONMENT.items() if name == "model" or name in flags)
     spelling = " Flags may be spelled with underscores too (--compile_prefill)." if "compile_prefill" in flags else ""
     parser.epilog = (

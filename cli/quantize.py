@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     # Torch from here on.
     from cli.builder import out_of_memory, prepare
+    from cli.explain_report import show_explanation
     from cli.saving import job_of, save
 
     prepared = prepare(settings, needs_tokenizer=False)
@@ -79,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         warn(f"no quality receipt: {prepared.name} has no tokenizer to read a text with")
     job = job_of(prepared, output, text)
     assert prepared.plan is not None
+    if args.explain:
+        return show_explanation(prepared, 0, compares=text is not None, as_json=args.json)
     device, dtype = prepared.device, prepared.dtype
     status(
         f"{settings.model} · {device.device.type} ({device.why}) · {dtype.name} ({dtype.why}) · "

@@ -41,8 +41,8 @@ class BuildSettings:
     max_num_seqs: int = 1
     random_weights: bool = False
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Who set `model`, `compile`, `compile_prefill`, `quantize` and `max_seq_len`, as a `Setting` has it; what is missing
-    has its default."""
+    """Who set `model`, `compile`, `compile_prefill`, `quantize` and `max_seq_len`, as a `Setting` has it; what is
+    missing has its default."""
 
     def source(self, name: str) -> str:
         """Who set a setting: "--dtype", "TORCHCHAT_MODEL", "default"."""

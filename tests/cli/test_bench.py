@@ -14,8 +14,6 @@ from cli.builder import build, prepare
 from cli.main import main
 from cli.measure import Machine, fill_cache, measure_decode, measure_prefill, prefill_flops
 from config.settings import BuildSettings, Setting
-from generate.scheduler import slots_needed
-from model.kv_cache import KVCache
 from tests.tiny_checkpoint import CONTEXT, write_tiny_checkpoint
 
 ON_CPU = ["--device", "cpu", "--dtype", "fp32"]
@@ -241,12 +239,3 @@ def test_a_window_is_counted_as_what_it_sees(tiny):
     hidden_pairs = sum(max(0, position + 1 - 6) for position in range(20))
     heads = model.config.num_attention_heads * model.config.head_dim
     assert whole - prefill_flops(model, 20) == len(layers) * 4 * heads * hidden_pairs
-
-
-def test_the_memory_that_is_asked_for_is_that_of_the_model_and_its_cache(tiny):
-    one = built(tiny, max_num_seqs=3)
-    config = one.prepared.config
-    cache = KVCache.create(config, slots_needed(3), 64, "cpu", torch.float32)
-    weights = sum(parameter.nbytes for parameter in one.model.parameters())
-    assert measure.model_bytes(config, slots_needed(3), 64, torch.float32) == (weights, cache.nbytes)
-    assert measure.free_memory(torch.device("cpu")) > 0

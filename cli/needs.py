@@ -32,8 +32,10 @@ COMPILER_BYTES = 190_000_000
 """What the compiler takes in the process while it compiles a step, and part of it afterwards. A step that is kept from
 an earlier run takes nothing.
 """
-QUANTIZING_BYTES = 20
-"""For each of the weights that go through torchao at once: what that takes meanwhile."""
+QUANTIZING_BYTES = {"optimized": 19, "plain": 13}
+"""For each of the weights that go through torchao at once, what that takes meanwhile, itself included: where scales
+are searched for (4 bits and fewer, without zero points), and where not.
+"""
 SAMPLING_BYTES = 32
 """For each entry of the vocabulary and sequence: logits, scaled, noise, scores."""
 
@@ -104,8 +106,6 @@ def needs_of(prepared: Prepared, max_seq_len: int, num_seqs: int = 1, *, compare
     weights = sum(parameter.nbytes for parameter in model.parameters())
     on_cpu, quantizes = device.type == "cpu", prepared.plan is not None and prepared.stored is None
     loading, mapped = _loading(prepared, model, keep=max_seq_len > 0)
-    if quantizes:
-        loading += QUANTIZING_BYTES * BLOCK_NUMBERS[device.type]
     compiles = max_seq_len > 0 and (prepared.settings.compile or prepared.settings.compile_prefill)
     slots = slots_needed(num_seqs) if max_seq_len else 0
     cache = KVCache.create(config, slots, max_seq_len, "meta", dtype).nbytes
@@ -187,9 +187,20 @@ def _loading(prepared: Prepared, model: Transformer, keep: bool) -> tuple[int, i
             on_host = now if prepared.device.device.type == "cpu" else 0
             if there + on_host > peak:
                 peak, at_peak = there + on_host, on_host
-        if there > peak:
-            peak, at_peak = there, 0
+        meanwhile = there + _quantizing(prepared, name)
+        if meanwhile > peak:
+            peak, at_peak = meanwhile, 0
     return peak, at_peak
+
+
+def _quantizing(prepared: Prepared, name: str) -> int:
+    """What quantizing a module takes meanwhile, beside the numbers that come of it."""
+    assignment = None if prepared.plan is None or prepared.stored is not None else prepared.plan.assignment(name)
+    if assignment is None or assignment.shares is not None:
+        return 0
+    (N, K), args = assignment.shape, assignment.args
+    way = "optimized" if args.bits <= 4 and not args.has_weight_zeros else "plain"
+    return QUANTIZING_BYTES[way] * min(N * K, BLOCK_NUMBERS[prepared.device.device.type])
 
 
 def _mapped(prepared: Prepared) -> Iterator[tuple[str, list[Mapped]]]:

@@ -3,8 +3,8 @@ device; the fast kernels read the same layout. Knows tensors; not which scheme c
 
 A weight [N, K] is `values`, `scale` [N, G] and perhaps `zero` [N, G], one of each for the `group_size` numbers of a row
 that share them (0: all of a row): weight = (number - zero) * scale. Numbers of 8 bits are int8, or float8_e4m3fn, [N,
-K]. Smaller ones are codes, number + 2**(bits - 1). 32 neighbours take `bits` little-endian words of 32 bits: number k of
-them is in word k % bits, at its bits k // bits * bits. So words, shifted by the same, give numbers that lie side by
+K]. Smaller ones are codes, number + 2**(bits - 1). 32 neighbours take `bits` little-endian words of 32 bits: number k
+of them is in word k % bits, at its bits k // bits * bits. So words, shifted by the same, give numbers that lie side by
 side, and all that a thread of a GPU reads at once has one scale. The last 32 of a row are filled up with the code of 0.
 """
 

@@ -41,7 +41,8 @@ STEP_SOURCES = (
     "quant/triton_kernels.py",
 )
 """Our own code that decides what a compiled step computes. What reads a configuration is not in it: the configuration
-that came of it is in the key.
+that came of it is in the key. Nor are the products in C++: a step calls their op by name, which runs what is there
+then.
 """
 
 KEPT_PACKAGES = 64

@@ -1,4 +1,5 @@
-"""Who may import whom, read from the source: config <- model <- generate <- server <- cli, model <- quant <- cli."""
+"""Who may import whom, read from the source: config <- model <- generate <- server <- cli and
+config <- model <- quant <- cli."""
 
 import ast
 import subprocess

@@ -404,7 +404,7 @@ def test_a_steps_sources_are_all_in_the_key() -> None:
     """
     apart = ("config.", "model.config", "quant.native")
     reached: set[str] = set()
-    todo = ["generate.step", "generate.backends", "model.transformer"]
+    todo = ["generate.step", "generate.backends", "model.transformer", "quant.modules"]
     while todo:
         module = todo.pop()
         path = ROOT / f"{module.replace('.', '/')}.py"

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from generate.stats import Ledger, weight_bytes_per_token
+from model.layers import Embedding
 
 
 def test_phases_exclude_what_runs_inside_them() -> None:
@@ -47,7 +48,7 @@ def test_rates_are_of_what_was_told() -> None:
 class Tiny(nn.Module):
     def __init__(self, tied: bool) -> None:
         super().__init__()
-        self.embed = nn.Embedding(10, 4)
+        self.embed = Embedding(10, 4)
         self.inner = nn.Linear(4, 4, dtype=torch.bfloat16)
         self.head = nn.Linear(4, 10, bias=False)
         if tied:

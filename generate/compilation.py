@@ -1,8 +1,8 @@
 """What is compiled, how, and the cache of it that lasts between runs. Knows the steps and their tensors; not who asks.
 
 A step is compiled ahead of time, with every tensor it touches as an input, into one file that is kept: the next run
-loads that with no tracing. On CUDA the decode step, compiled or not, is captured into a graph: the GPU would wait for the
-host otherwise, which takes longer to issue the kernels of a step than the GPU to run them.
+loads that with no tracing. On CUDA the decode step, compiled or not, is captured into a graph: without one the GPU waits
+for the host, which takes longer to issue the kernels of a step than the GPU to run them.
 """
 
 import os
@@ -150,7 +150,7 @@ class CompiledSteps:
                 return step.decode(model, its_cache, its_state, slots, plan)
 
             def eager(inputs: list[Tensor]) -> Tensor:
-                with tracing():
+                with tracing(capturing=True):
                     return step.decode(self.model, cache, state, inputs[-1], plan)
 
             what = "decode" if key[0] == 1 else f"decode, batch {key[0]}"

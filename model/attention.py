@@ -13,7 +13,8 @@ from torch import Tensor
 
 from model import kernels
 from model.ops import register_op
-from model.tracing import is_tracing
+from model.rope import rotate
+from model.tracing import is_capturing, is_tracing
 
 Attend = Callable[..., Tensor]
 
@@ -36,16 +37,23 @@ def attend(
     keys: Tensor,
     values: Tensor,
     rows: Rows,
+    rotation: tuple[Tensor, Tensor] | None,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """Causal attention of new tokens to themselves and to what the cache holds before them; [B, T, N, H].
 
-    keys, values: [slots, K, max_seq_len, H], written at positions start_B .. start_B + T - 1 of rows slots_B. A token
-    attends to at most the `window` last positions, itself included. softcap: scores become tanh(s / softcap) * softcap.
+    keys, values: [slots, K, max_seq_len, H], written at positions start_B .. start_B + T - 1 of rows slots_B. rotation:
+    of queries and keys, as `model.rope.cos_sin` gives it; None leaves them as they are. A token attends to at most the
+    `window` last positions, itself included. softcap: scores become tanh(s / softcap) * softcap.
     """
     start_B, slots_B, context = rows.start_B, rows.slots_B, rows.context
+    if q_BTNH.shape[1] == 1 and is_capturing() and kernels.usable(q_BTNH):
+        q_BNH = kernels.rotate_and_store(q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, rotation)
+        return kernels.flash_decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
+    if rotation is not None:
+        q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
     positions_BT = start_B[:, None] + torch.arange(q_BTNH.shape[1], device=start_B.device)
     keys[slots_B[:, None], :, positions_BT] = k_BTKH
     values[slots_B[:, None], :, positions_BT] = v_BTKH

@@ -85,6 +85,34 @@ def gemv(
     return out
 
 
+def rotate_and_store(
+    q_B1NH: Tensor,
+    k_B1KH: Tensor,
+    v_B1KH: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start_B: Tensor,
+    slots_B: Tensor,
+    rotation: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Of one new token a row: the rotated queries [B, N, H]; its rotated keys and its values go into the cache. What
+    `model.rope.rotate` and an assignment do, in one launch. Arguments as in `model.attention`.
+    """
+    B, _, N, H = q_B1NH.shape
+    K = k_B1KH.shape[2]
+    assert all(t.stride()[2:] == (H, 1) for t in (q_B1NH, k_B1KH, v_B1KH))
+    out = torch.empty(B, N, H, dtype=q_B1NH.dtype, device=q_B1NH.device)
+    cos, sin = rotation if rotation is not None else (None, None)
+    overlap = overlaps(q_B1NH)
+    extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    triton_kernels.rotate_and_store_kernel[(B, N + 2 * K)](
+        q_B1NH, k_B1KH, v_B1KH, cos, sin, out, keys, values, start_B, slots_B, q_B1NH.stride(0), k_B1KH.stride(0),
+        v_B1KH.stride(0), keys.shape[2], N=N, K=K, H=H, HALF=0 if cos is None else cos.shape[-1],
+        BLOCK_H=next_power_of_2(H), OVERLAP=overlap, num_warps=1, **extra,
+    )  # fmt: skip
+    return out
+
+
 def flash_decode(
     q_BNH: Tensor,
     keys: Tensor,

@@ -6,18 +6,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _tracing = False
+_capturing = False
 
 
 def is_tracing() -> bool:
     return _tracing
 
 
+def is_capturing() -> bool:
+    """Whether it is a CUDA graph that the step is written down for: no compiler will join the small operations."""
+    return _capturing
+
+
 @contextmanager
-def tracing() -> Iterator[None]:
-    """While this is open, the model writes itself down."""
-    global _tracing
-    _tracing = True
+def tracing(capturing: bool = False) -> Iterator[None]:
+    """While this is open, the model writes itself down: for a compiler, or where `capturing`, for a CUDA graph."""
+    global _tracing, _capturing
+    _tracing, _capturing = True, capturing
     try:
         yield
     finally:
-        _tracing = False
+        _tracing = _capturing = False

@@ -11,7 +11,7 @@ from model.attention import Rows, attend
 from model.config import LayerConfig, ModelConfig
 from model.kv_cache import KVCache, distinct_ropes
 from model.layers import Embedding, Linear, RMSNorm
-from model.rope import attention_factor, cos_sin, rotate
+from model.rope import attention_factor, cos_sin
 
 
 def norm_of(config: ModelConfig, dim: int) -> RMSNorm:
@@ -49,9 +49,7 @@ class Attention(nn.Module):
         q_BTNH, k_BTKH, v_BTKH = heads_BTNH.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        if rotation is not None:
-            q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
-        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, keys, values, rows, self.scale, self.window, self.softcap)
+        out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, keys, values, rows, rotation, self.scale, self.window, self.softcap)
         return out_BTNH.reshape(B, T, -1)
 
 

@@ -85,6 +85,37 @@ def gemv_kernel(
 
 
 @triton.jit
+def rotate_and_store_kernel(
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, out_ptr, keys_ptr, values_ptr, start_ptr, slots_ptr, q_stride, k_stride,
+    v_stride, S, N: tl.constexpr, K: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr, BLOCK_H: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    row, head = tl.program_id(0), tl.program_id(1)
+    h = tl.arange(0, BLOCK_H)
+    mask = h < H
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    place = tl.load(slots_ptr + row) * K * S + tl.load(start_ptr + row)  # in the cache, of head 0
+    if head < N:
+        source, target = q_ptr + row * q_stride + head * H, out_ptr + (row * N + head) * H
+    elif head < N + K:
+        source = k_ptr + row * k_stride + (head - N) * H
+        target = keys_ptr + (place + (head - N) * S) * H
+    else:
+        source = v_ptr + row * v_stride + (head - N - K) * H
+        target = values_ptr + (place + (head - N - K) * S) * H
+    x = tl.load(source + h, mask=mask, other=0.0).to(tl.float32)
+    if HALF != 0 and head < N + K:
+        turned = mask & (h < 2 * HALF)
+        other = tl.load(source + tl.where(h < HALF, h + HALF, h - HALF), mask=turned, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + row * HALF + h % HALF, mask=turned, other=1.0)
+        sin = tl.load(sin_ptr + row * HALF + h % HALF, mask=turned, other=0.0)
+        x = x * cos + tl.where(h < HALF, -other, other) * sin
+    tl.store(target + h, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def attend_part_kernel(
     q_ptr, k_ptr, v_ptr, start_ptr, slots_ptr, part_ptr, stats_ptr, scale, window, softcap, S,
     K_HEADS: tl.constexpr, G: tl.constexpr, H: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_H: tl.constexpr,

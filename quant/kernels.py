@@ -28,11 +28,20 @@ def _has_float8(device: int) -> bool:
 
 
 def gemv_config(N: int, K: int, bits: int, gated: bool) -> dict[str, int]:
-    """Block sizes and warps, from measurements on an H200 (docs/benchmarks.md)."""
+    """Block sizes and warps for a weight of N outputs (twice as many rows with a gate), the best of those tried on an
+    H200 with the shapes of Llama 1B and 8B (docs/benchmarks.md).
+    """
     if bits == 8:
-        return {"BLOCK_N": 2 if gated else 4, "BLOCK_K": min(2048, max(16, next_power_of_2(K))), "num_warps": 4}
-    words = -(-K // 32) * 4
-    return {"BLOCK_N": 4 if gated else 8, "BLOCK_W": min(512, next_power_of_2(words)), "num_warps": 4}
+        if gated:
+            rows, columns, warps = (4, 4096, 4) if K >= 4096 else (4, 1024, 2)
+        elif N > 4096:
+            rows, columns, warps = 8, 1024, 2
+        else:
+            rows, columns, warps = (4, 2048, 4) if K > N else (4, 1024, 2)
+        return {"BLOCK_N": rows, "BLOCK_K": min(columns, max(16, next_power_of_2(K))), "num_warps": warps}
+    words = next_power_of_2(-(-K // 32) * 4)
+    words = words if words <= 1024 else 512
+    return {"BLOCK_N": 16 if N >= 65536 else 8, "BLOCK_W": words, "num_warps": max(1, words // 128)}
 
 
 def gemv(
@@ -65,7 +74,7 @@ def gemv(
         words = values.view(torch.int32)
         triton_kernels.gemv_4bit_kernel[grid](
             x, words, scale, zero, norm, bias, residual, out, N, K, words.shape[1], groups, eps, multiplier,
-            STEPS=-(-words.shape[1] // config["BLOCK_W"]), **same, **config, **extra,
+            STEPS=-(-words.shape[1] // config["BLOCK_W"]), HALVES=x.dtype.itemsize == 2, **same, **config, **extra,
         )  # fmt: skip
     return out
 

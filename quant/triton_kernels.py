@@ -60,9 +60,11 @@ def gemv_8bit_kernel(
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STEPS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):
-    """One number a byte, an integer or a float8. GROUP 0: a scale a row, applied at the end. STEPS: K in units of
-    BLOCK_K, rounded up; the loop is unrolled, because numbers of 8 bits that live from one turn to the next are taken apart
-    and put together again."""
+    """One number a byte, an integer or a float8. GROUP 0: a scale a row, applied at the end.
+
+    STEPS: K in units of BLOCK_K, rounded up. The loop is unrolled: numbers of 8 bits that live from one turn to the next
+    would be taken apart and put together again.
+    """
     LANES: tl.constexpr = BLOCK_K // 16  # a thread takes 16 numbers at a time, and keeps one sum of them
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = tl.arange(0, BLOCK_K)
@@ -127,11 +129,53 @@ def _codes(words, half: tl.constexpr, j: tl.constexpr):
 
 
 @triton.jit
+def _pair(low, high):
+    """Two floats as halves of a word."""
+    return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,f,f", [low, high], tl.int32, True, 1)
+
+
+@triton.jit
+def _dot(words, x04, x15, x26, x37):
+    """The sum of a word's eight numbers times inputs, which come in pairs of halves: number j of a word with number
+    j + 4, those of odd j divided by 16. In float16, two at a time, with 1024 in the place that 2**23 has in `_codes`.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 code, high, sum, eight, eights;
+        .reg .f16 low_half, high_half;
+        .reg .f32 low_sum, high_sum;
+        mov.b32 eight, 0xE408E408;
+        mov.b32 eights, 0xE480E480;
+        lop3.b32 code, $1, 0x000F000F, 0x64006400, 0xEA;
+        add.f16x2 code, code, eight;
+        mul.f16x2 sum, code, $2;
+        lop3.b32 code, $1, 0x00F000F0, 0x64006400, 0xEA;
+        add.f16x2 code, code, eights;
+        fma.rn.f16x2 sum, code, $3, sum;
+        shr.u32 high, $1, 8;
+        lop3.b32 code, high, 0x000F000F, 0x64006400, 0xEA;
+        add.f16x2 code, code, eight;
+        fma.rn.f16x2 sum, code, $4, sum;
+        lop3.b32 code, high, 0x00F000F0, 0x64006400, 0xEA;
+        add.f16x2 code, code, eights;
+        fma.rn.f16x2 sum, code, $5, sum;
+        mov.b32 {low_half, high_half}, sum;
+        cvt.f32.f16 low_sum, low_half;
+        cvt.f32.f16 high_sum, high_half;
+        add.f32 $0, low_sum, high_sum;
+        }
+        """,
+        "=f,r,r,r,r,r", [words, x04, x15, x26, x37], tl.float32, True, 1,
+    )  # fmt: skip
+
+
+@triton.jit
 def gemv_4bit_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, N, K, WORDS, G, eps, multiplier,
     GROUP: tl.constexpr, ZERO: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr, GATE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, STEPS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HALVES: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """Eight numbers a 32-bit word, WORDS words a row, four words to 32 numbers of one group. GROUP 0: a scale a row.
 
@@ -159,24 +203,57 @@ def gemv_4bit_kernel(
             w_next = tl.load(w_ptrs, mask=mask, other=0, eviction_policy="evict_first")
             if GATE != 0:
                 u_next = tl.load(w_ptrs + gate_stride, mask=mask, other=0, eviction_policy="evict_first")
-        part = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
-        part_up = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
         total = tl.zeros((BLOCK_W,), tl.float32)
-        for j in tl.static_range(8):
-            k = x_at + 4 * j
-            plain, x = _inputs(x_ptr, norm_ptr, k, k < K, NORM, PLUS_ONE)
+        if HALVES:
+            plain0, x0 = _inputs(x_ptr, norm_ptr, x_at, x_at < K, NORM, PLUS_ONE)
+            plain1, x1 = _inputs(x_ptr, norm_ptr, x_at + 4, x_at + 4 < K, NORM, PLUS_ONE)
+            plain2, x2 = _inputs(x_ptr, norm_ptr, x_at + 8, x_at + 8 < K, NORM, PLUS_ONE)
+            plain3, x3 = _inputs(x_ptr, norm_ptr, x_at + 12, x_at + 12 < K, NORM, PLUS_ONE)
+            plain4, x4 = _inputs(x_ptr, norm_ptr, x_at + 16, x_at + 16 < K, NORM, PLUS_ONE)
+            plain5, x5 = _inputs(x_ptr, norm_ptr, x_at + 20, x_at + 20 < K, NORM, PLUS_ONE)
+            plain6, x6 = _inputs(x_ptr, norm_ptr, x_at + 24, x_at + 24 < K, NORM, PLUS_ONE)
+            plain7, x7 = _inputs(x_ptr, norm_ptr, x_at + 28, x_at + 28 < K, NORM, PLUS_ONE)
             if NORM:
-                squares += plain * plain
+                squares += plain0 * plain0 + plain1 * plain1 + plain2 * plain2 + plain3 * plain3
+                squares += plain4 * plain4 + plain5 * plain5 + plain6 * plain6 + plain7 * plain7
             if ZERO:
-                total += x
-            x = x * (1.0 / 16 ** (j % 4))
-            part += _codes(w, j // 4, j % 4) * x[None, :]
+                total += x0 + x1 + x2 + x3 + x4 + x5 + x6 + x7
+            # Float16 reaches as far as is needed when the greatest of the 32 inputs of a run is 1.
+            top = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+            top = tl.maximum(top, tl.maximum(tl.maximum(tl.abs(x4), tl.abs(x5)), tl.maximum(tl.abs(x6), tl.abs(x7))))
+            top_Q = tl.max(tl.reshape(top, (BLOCK_Q, 4)), 1)
+            inverse_Q = tl.where(top_Q > 0, 1.0 / top_Q, 0.0)
+            inverse = tl.reshape(tl.broadcast_to(inverse_Q[:, None], (BLOCK_Q, 4)), (BLOCK_W,))
+            sixteenth = inverse / 16
+            x04 = _pair(x0 * inverse, x4 * inverse)[None, :]
+            x15 = _pair(x1 * sixteenth, x5 * sixteenth)[None, :]
+            x26 = _pair(x2 * inverse, x6 * inverse)[None, :]
+            x37 = _pair(x3 * sixteenth, x7 * sixteenth)[None, :]
+            part = _dot(w, x04, x15, x26, x37)
             if GATE != 0:
-                part_up += _codes(u, j // 4, j % 4) * x[None, :]
+                part_up = _dot(u, x04, x15, x26, x37)
+        else:
+            part = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+            part_up = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+            for j in tl.static_range(8):
+                k = x_at + 4 * j
+                plain, x = _inputs(x_ptr, norm_ptr, k, k < K, NORM, PLUS_ONE)
+                if NORM:
+                    squares += plain * plain
+                if ZERO:
+                    total += x
+                x = x * (1.0 / 16 ** (j % 4))
+                part += _codes(w, j // 4, j % 4) * x[None, :]
+                if GATE != 0:
+                    part_up += _codes(u, j // 4, j % 4) * x[None, :]
         quads = first // 4 + tl.arange(0, BLOCK_Q)
         sums = tl.sum(tl.reshape(part, (BLOCK_N, BLOCK_Q, 4)), 2)
+        if HALVES:
+            sums *= top_Q[None, :]
         if GATE != 0:
             sums_up = tl.sum(tl.reshape(part_up, (BLOCK_N, BLOCK_Q, 4)), 2)
+            if HALVES:
+                sums_up *= top_Q[None, :]
         if GROUP == 0:
             acc += sums
             if GATE != 0:

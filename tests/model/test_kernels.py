@@ -8,6 +8,7 @@ import torch
 from model import kernels
 from model.attention import decode_attention
 from model.layers import Linear, RMSNorm
+from model.rope import rotate
 from model.tracing import tracing
 
 pytestmark = pytest.mark.gpu
@@ -71,3 +72,33 @@ def test_flash_decode_is_attention_over_the_filled_cache(
     double = (tensor.double() for tensor in (query, keys, values))
     exact = decode_attention(*double, starts, slots, head_dim**-0.5, window, softcap)
     assert_no_worse(fused, plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "rotary_dim"), [(8, 2, 64, 64), (4, 4, 48, 48), (6, 1, 80, 32)]
+)
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("apart", [True, False])
+def test_rotating_and_storing_in_one_is_both(
+    dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, rotated: bool, apart: bool
+) -> None:
+    torch.manual_seed(0)
+    together = torch.randn(3, 1, heads + 2 * kv_heads, head_dim, device="cuda", dtype=dtype)
+    query, key, value = together.split([heads, kv_heads, kv_heads], dim=2)
+    if apart:  # as norms of queries and keys leave them
+        query, key = query.contiguous(), key.contiguous()
+    angles = torch.randn(3, 1, 1, rotary_dim // 2, device="cuda")
+    rotation = (angles.cos(), angles.sin()) if rotated else None
+    keys = torch.zeros(4, kv_heads, 16, head_dim, device="cuda", dtype=dtype)
+    values = torch.zeros_like(keys)
+    starts, slots = torch.tensor([0, 15, 7], device="cuda"), torch.tensor([3, 0, 2], device="cuda")
+    out = kernels.rotate_and_store(query, key, value, keys, values, starts, slots, rotation)
+    turn = (lambda x: rotate(x, *rotation)) if rotation is not None else (lambda x: x)
+    plain_keys, plain_values = torch.zeros_like(keys), torch.zeros_like(values)
+    plain_keys[slots[:, None], :, starts[:, None]] = turn(key)
+    plain_values[slots[:, None], :, starts[:, None]] = value
+    rounding = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 2 * torch.finfo(dtype).eps}
+    torch.testing.assert_close(out, turn(query)[:, 0], **rounding)
+    torch.testing.assert_close(keys, plain_keys, **rounding)
+    assert torch.equal(values, plain_values)

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     if args.explain:
         return show_explanation(prepared, plan.max_seq_len, max(plan.batches), as_json=args.json)
     _check_memory(prepared, plan)
-    status(describe_build(prepared.settings, prepared.device, prepared.dtype))
+    status(describe_build(prepared.settings, prepared.device, prepared.dtype, prepared.plan))
     report = Report(prepared, plan.max_seq_len, plan.repeats, show=not args.json)
     try:
         with out_of_memory(prepared, plan.max_seq_len):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cli.console import Progress, cache_dir_or_say, status
+from cli.console import Progress, cache_dir_or_say, status, warn
 from config.errors import UserError
 from config.registry import resolve
 from config.settings import BuildSettings, SamplingParams
@@ -38,6 +38,7 @@ from model.loader import NOT_MAPPED, Mapped, Source, SourceOf, TakeWeight, fill_
 from model.saved import saved_sources
 from model.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from model.transformer import Transformer
+from quant import native
 from quant.apply import QuantizeOnLoad, replace_modules
 from quant.directory import Stored, read_stored
 from quant.plan import Plan, make_plan
@@ -173,6 +174,7 @@ def load_model(prepared: Prepared, max_seq_len: int) -> Transformer:
     """The weights alone, for engines with a context of `max_seq_len`. Raises UserError."""
     with out_of_memory(prepared, max_seq_len), prepared.ledger.phase("load"):
         model = _load(prepared)
+        _make_products_ready(prepared)
     prepared.ledger.weight_bytes_per_token = weight_bytes_per_token(model)
     return model
 
@@ -305,6 +307,16 @@ def fill(
     else:
         assert prepared.path is not None
         load_weights(model, prepared.path, device, dtype, on_tensor, take)
+
+
+def _make_products_ready(prepared: Prepared) -> None:
+    """Compile, or load, the CPU's own code for quantized weights before anybody waits for a first token."""
+    quantized = prepared.plan is not None and prepared.plan.assignments
+    if quantized and prepared.device.device.type == "cpu":
+        with prepared.ledger.phase("compile"):
+            if not native.available(say=status):
+                why = f"{native.why_not()}; a C++ compiler would help"
+                warn(f"quantized weights are multiplied by plain PyTorch, which is slow: {why}")
 
 
 def _load_stored(prepared: Prepared) -> Transformer:

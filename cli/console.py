@@ -13,6 +13,7 @@ from config.settings import BuildSettings
 
 if TYPE_CHECKING:  # only their names: this module is imported for --help, which must not wait for torch
     from model.device import DeviceChoice, DtypeChoice
+    from quant.plan import Plan
 
 CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """Characters that would steer a terminal rather than show something."""
@@ -56,7 +57,9 @@ def has_colour(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def describe_build(settings: BuildSettings, device: "DeviceChoice", dtype: "DtypeChoice") -> str:
+def describe_build(
+    settings: BuildSettings, device: "DeviceChoice", dtype: "DtypeChoice", plan: "Plan | None" = None
+) -> str:
     """What was chosen and why: "default · cpu (fast: no cuda, no mps) · bf16 (--dtype) · eager · unquantized"."""
     parts = [part for part, on in (("decode", settings.compile), ("prefill", settings.compile_prefill)) if on]
     return " · ".join(
@@ -65,7 +68,7 @@ def describe_build(settings: BuildSettings, device: "DeviceChoice", dtype: "Dtyp
             f"{device.device.type} ({device.why})",
             f"{dtype.name} ({dtype.why})",
             f"compiled {' and '.join(parts)}" if parts else "eager",
-            "quantized" if settings.quantize else "unquantized",
+            f"quantized: {plan.describe()}" if plan is not None else "unquantized",
         )
     )
 

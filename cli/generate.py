@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     built = build(prepared, context)
     for line in (
         *remarks,
-        describe_build(prepared.settings, prepared.device, prepared.dtype),
+        describe_build(prepared.settings, prepared.device, prepared.dtype, prepared.plan),
         _describe_sampling(params, args.num_samples),
     ):
         status(line)

@@ -94,9 +94,11 @@ _why_not: str | None = None
 _lock = threading.Lock()
 
 
-def available() -> bool:
-    """Whether `linear` and `dequantize` can be called. The first call compiles, or loads what was compiled before."""
-    return _library is not None or _load() is not None
+def available(say: Callable[[str], None] = lambda line: None) -> bool:
+    """Whether `linear` and `dequantize` can be called. The first call compiles, which `say` is told of, or loads what
+    was compiled before.
+    """
+    return _library is not None or _load(say) is not None
 
 
 def code_name() -> str | None:
@@ -139,19 +141,19 @@ def _need() -> _Library:
     return library
 
 
-def _load() -> _Library | None:
+def _load(say: Callable[[str], None] = lambda line: None) -> _Library | None:
     """The library, once a process: found, or compiled, and checked."""
     global _library, _why_not
     with _lock:
         if _library is None and _why_not is None:
             try:
-                _library = _find_or_compile(cache_dir())
+                _library = _find_or_compile(cache_dir(), say)
             except (_Unusable, OSError) as error:
                 _why_not = str(error)
     return _library
 
 
-def _find_or_compile(cache: Path | None) -> _Library:
+def _find_or_compile(cache: Path | None, say: Callable[[str], None] = lambda line: None) -> _Library:
     """Raises _Unusable, or an OSError of the system's."""
     compiler = cxx_compiler()
     digest = hashlib.sha256(repr((compiler, cpu_flags(), FLAGS, CHOICES)).encode())
@@ -160,6 +162,7 @@ def _find_or_compile(cache: Path | None) -> _Library:
     kept = None if cache is None else cache / "native" / f"{digest.hexdigest()}.so"
     if kept is not None and (library := _load_kept(kept)) is not None:
         return library
+    say("compiling the products of quantized weights for this processor, once: some seconds")
     with tempfile.TemporaryDirectory(prefix="torchchat-", ignore_cleanup_errors=True) as directory:
         made = Path(directory) / "kernels.so"
         _compile(compiler, made)

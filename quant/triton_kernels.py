@@ -62,8 +62,8 @@ def gemv_8bit_kernel(
 ):
     """One number a byte, an integer or a float8. GROUP 0: a scale a row, applied at the end.
 
-    STEPS: K in units of BLOCK_K, rounded up. The loop is unrolled: numbers of 8 bits that live from one turn to the next
-    would be taken apart and put together again.
+    STEPS: K in units of BLOCK_K, rounded up. The loop is unrolled: numbers of 8 bits that live from one turn to the
+    next would be taken apart and put together again.
     """
     LANES: tl.constexpr = BLOCK_K // 16  # a thread takes 16 numbers at a time, and keeps one sum of them
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -119,7 +119,7 @@ def test_generate_and_bench_take_the_directory_as_any_model(
     assert loaded["samples"] == fresh["samples"]
     assert loaded["settings"] | {"model": ""} == fresh["settings"] | {"model": ""}
     assert loaded["stats"]["quantize_s"] == 0
-    assert "· fp32 (fast: as stored) · eager · quantized" in done.err
+    assert "· fp32 (fast: as stored) · eager · quantized: embedding (1 layer), linear:int4 (8 layers)" in done.err
     assert json.loads(run("generate", tmp_path / "out", *asked, "--chat").out)["samples"][0]["token_ids"]
     bench = run(
         "bench", tmp_path / "out", "--device", "cpu", "--repeats", 1, "--prefill-tokens", 4, "--context", 8, "--json"

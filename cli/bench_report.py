@@ -24,7 +24,7 @@ class Report:
         self.prepared, self.max_seq_len, self.repeats, self.show = prepared, max_seq_len, repeats, show
         self.device = prepared.device.device
         self.machine: Machine | None = None
-        self.load_s = 0.0
+        self.load_s = self.quantize_s = 0.0
         self.compile_s: list[tuple[float, float]] = []
         self.prefill: list[PrefillRate] = []
         self.decode: list[DecodeRate] = []
@@ -37,7 +37,9 @@ class Report:
         self._row("matrices", note=f"{self.prepared.dtype.name}: {machine.matrix_tflop_s:,.3g} TFLOP/s")
 
     def loaded(self, ledger: Ledger) -> None:
-        self.load_s = ledger.phase_s["load"]
+        self.load_s, self.quantize_s = ledger.phase_s["load"], ledger.phase_s["quantize"]
+        if self.quantize_s:
+            self._row("quantize", seconds(self.quantize_s))
         self._row("load", seconds(self.load_s), note=f"{human_bytes(ledger.weight_bytes_per_token)} of weights a token")
 
     def compiled(self, batch: int, cold_s: float, warm_s: float) -> None:
@@ -101,6 +103,7 @@ class Report:
             },
             "versions": {"torchchat": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "load_s": self.load_s,
+            "quantize_s": self.quantize_s,
             "compile_s": sum(cold for cold, _ in self.compile_s),
             "compile_warm_s": sum(warm for _, warm in self.compile_s) if self.compile_s else None,
             "prefill": [

@@ -54,6 +54,7 @@ def test_the_document_has_every_key_and_figures_that_agree(tiny, capsys):
     assert document["machine"].items() >= {"device": "cpu", "copy_gb_s": 40.0, "read_gb_s": 20.0}.items()
     assert document["settings"].items() >= {"model": "tiny", "dtype": "fp32", "compile": False, "repeats": 2}.items()
     assert document["load_s"] > 0
+    assert document["quantize_s"] == 0
     assert document["compile_s"] == 0
     assert document["compile_warm_s"] is None
     assert document["peak_memory_bytes"] > 0
@@ -64,6 +65,16 @@ def test_the_document_has_every_key_and_figures_that_agree(tiny, capsys):
     for row in document["decode"]:
         assert math.isclose(row["weight_gb_s"], weight_bytes * row["tok_s"] / row["batch"] / 1e9)
         assert math.isclose(row["bandwidth_share"], row["weight_gb_s"] / 20)
+
+
+def test_a_quantized_model_is_measured_with_the_weights_that_it_has(tiny, capsys):
+    argv = ["--prefill-tokens", "8", "--context", "8", "--repeats", "1", "--json", "--quantize", "cpu-small"]
+    assert main(["bench", str(tiny), *ON_CPU, *argv]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["quantize_s"] > 0
+    assert set(document["settings"]["quantize"]) == {"linear:int4", "linear:int8", "embedding"}
+    row = document["decode"][0]
+    assert row["weight_gb_s"] / row["tok_s"] * 1e9 < 0.6 * built(tiny).ledger.weight_bytes_per_token
 
 
 def test_random_weights_need_no_file_and_the_defaults_follow_the_context(tiny, capsys, tmp_path):

@@ -4,7 +4,7 @@ tokenizers nor where the models come from.
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,6 +27,16 @@ class Weights(Protocol):
     def running(self) -> AbstractContextManager[None]: ...
 
     def held(self, module: torch.nn.Module) -> AbstractContextManager[None]: ...
+
+
+class Resident:
+    """Weights of a model that is in memory, whole."""
+
+    def running(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def held(self, module: torch.nn.Module) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,12 @@ import pytest
 import torch
 
 from cli.builder import Prepared, load_model, make_engine, prepare
-from cli.quantize import HELD_OUT
+from cli.quantize import HELD_OUT, MAX_RECEIPT_TOKENS
 from config.settings import BuildSettings, SamplingParams, Setting
 from generate.score import Comparison, Resident, Windows, compare, perplexity
 from model.transformer import Transformer
 from quant.recipe import READY_MADE, read_recipe
 from quant.schemes import SCHEMES
-
-TOKENS = 1024
 
 
 def prepared(recipe: str | None, compiled: bool = False, prefill: bool = False) -> Prepared:
@@ -31,12 +29,12 @@ def prepared(recipe: str | None, compiled: bool = False, prefill: bool = False) 
 
 @cache
 def original() -> tuple[Transformer, Windows]:
-    """The unquantized model, and what both read: the beginning of the text that receipts are measured on."""
+    """The unquantized model, and what both read: the text that receipts are measured on."""
     known = prepared(None)
     texts = json.loads(HELD_OUT.read_text(encoding="utf-8"))["texts"]
     assert known.tokenizer is not None
     ids = [known.tokenizer.encode(text, bos=False) for text in texts]
-    return load_model(known, 512), Windows.of(ids, 512, known.tokenizer.bos_id, TOKENS)
+    return load_model(known, 512), Windows.of(ids, 512, known.tokenizer.bos_id, MAX_RECEIPT_TOKENS)
 
 
 @cache
@@ -49,7 +47,7 @@ def measured(recipe: str) -> Comparison:
 def change(recipe: str) -> float:
     """Of the perplexity: 0.01 is 1% more."""
     found = measured(recipe)
-    assert found.tokens == TOKENS
+    assert found.tokens > 1500  # the figure hangs on which tokens are predicted where there are few
     assert 1 < perplexity(found.reference_loss) < 20  # the text is one that the model can read
     return perplexity(found.loss) / perplexity(found.reference_loss) - 1
 

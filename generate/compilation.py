@@ -1,7 +1,7 @@
 """What is compiled, how, and the cache of it that lasts between runs. Knows the steps and their tensors; not who asks.
 
 A step is compiled ahead of time, with every tensor it touches as an input, into one file that is kept: the next run
-loads that with no tracing. On CUDA the decode step, compiled or not, is captured into a graph: without one the GPU waits
+loads that with no tracing. On CUDA the decode step, compiled or not, is captured into a graph: else the GPU waits
 for the host, which takes longer to issue the kernels of a step than the GPU to run them.
 """
 

@@ -170,10 +170,14 @@ def row(name: str, measured: dict[str, Any]) -> str:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that was asked for, a row each. Raises UserError."""
     run = Run(args)
-    keys = tuple(args.only or [""])
-    wanted = {name: text for name, text in recipes().items() if name.startswith(keys)}
+    known_names, keys = recipes(), args.only or [""]
+    wanted = {
+        name: text
+        for name, text in known_names.items()
+        if any(name == key or (key not in known_names and name.startswith(key)) for key in keys)
+    }
     if not wanted:
-        raise UserError(f"--only {', '.join(keys)}: there are {'; '.join(recipes())}")
+        raise UserError(f"--only {', '.join(keys)}: there are {'; '.join(known_names)}")
     known = run.prepared(args.model, None, random_weights=True)
     device, dtype = known.device.device, known.dtype
     machine = measure_machine(device, dtype.dtype)
@@ -210,7 +214,9 @@ def main() -> int:
     parser.add_argument("--dtype", default="bf16", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--context", type=int, default=128, help="tokens before those that are timed")
     parser.add_argument("--repeats", type=int, default=3, help="medians of so many runs (default: %(default)s)")
-    parser.add_argument("--only", action="append", metavar="KEY", help="rows that begin with KEY; may be repeated")
+    parser.add_argument(
+        "--only", action="append", metavar="KEY", help="the row KEY, or those that begin so; may be repeated"
+    )
     parser.add_argument("--no-compile", action="store_true", help="time eager steps alone")
     parser.add_argument("--no-quality", action="store_true", help="leave out perplexity, KL divergence and top-1")
     parser.add_argument("--no-speed", action="store_true", help="leave out tokens a second")

@@ -24,7 +24,8 @@ from quant.packed import dequantize as plain_dequantize
 from quant.packed import pack
 
 SOURCES = tuple(
-    Path(__file__).parent / "native" / name for name in ("kernels.cpp", "kernels.h", "avx512.h", "avx512_formats.h")
+    Path(__file__).parent / "native" / name
+    for name in ("kernels.cpp", "kernels.h", "blocks.h", "avx512.h", "avx512_formats.h", "avx2.h")
 )
 """The first is compiled, and includes the others."""
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread")
@@ -45,6 +46,9 @@ CODES = {
     torch.float8_e4m3fn: 5,
 }
 """`Dtype` in kernels.h."""
+
+INSTRUCTIONS = {"AVX-512": {"avx512bw", "avx512dq", "avx512vl"}, "AVX2": {"avx2", "fma", "f16c"}}
+"""What kernels.cpp has code of its own for, the best first, and the flags of processors (`cpu_flags`) that have it."""
 
 _Function = Callable[..., None]
 
@@ -107,7 +111,8 @@ def code_name() -> str | None:
         cxx_compiler()
     except FileNotFoundError:
         return None
-    return "AVX-512" if {"avx512f", "avx512bw"} <= set(cpu_flags().split()) else "C++"
+    flags = set(cpu_flags().split())
+    return next((name for name, needed in INSTRUCTIONS.items() if needed <= flags), "C++")
 
 
 def why_not() -> str | None:

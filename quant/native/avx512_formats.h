@@ -1,12 +1,4 @@
 // What a block of 64 bytes of a quantized weight holds, and how it is multiplied with x, on processors with AVX-512.
-//
-// A weight's row is read in blocks of 64 bytes, which hold several runs of 32 numbers. A format says how a block
-// becomes vectors of numbers, in which order it wants x for them, and how the sums of products, 16 in each of PARTS
-// vectors, are scaled: a sum never holds products of two runs.
-//
-// x of 16 bits becomes integers of 16 bits, each run of 32 with a power of two as its scale: that is exact for every
-// number that is at least 2**-7 (bf16; fp16: 2**-4) of the greatest in its run, and off by 2**-16 of that at most for
-// others. Integers are multiplied and added in pairs, twice as fast as floats and four times as fast as bf16.
 #pragma once
 
 #include <immintrin.h>
@@ -15,13 +7,30 @@
 
 namespace {
 
-constexpr int RUN = 32;
+// ---- What blocks.h does with vectors. ----
 
-// What stands for a run of x besides its numbers. Each format says besides: ADDED, what its codes are more than the
-// numbers; UNIT, what one is worth; and where in a block the numbers of x go, in PIECES of each run that are APART.
-struct OfRun {
-    float scale, sum;
-};
+using Vector = __m512;
+
+inline Vector load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Vector v) { _mm512_storeu_ps(p, v); }
+inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+inline float sum_of(Vector v) { return _mm512_reduce_add_ps(v); }
+inline Vector pick(const int32_t* which, Vector v) { return _mm512_permutexvar_ps(_mm512_loadu_si512(which), v); }
+
+// The first `count` of LANES numbers.
+inline Vector load_floats(const void* source, Dtype type, int64_t start, int64_t count) {
+    const __mmask16 mask = __mmask16((1u << count) - 1);
+    if (type == FP32) return _mm512_maskz_loadu_ps(mask, static_cast<const float*>(source) + start);
+    if (type == INT8) {
+        const __m128i bytes = _mm_maskz_loadu_epi8(mask, static_cast<const int8_t*>(source) + start);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    }
+    const __m256i halves = _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(source) + start);
+    return type == FP16 ? _mm512_cvtph_ps(halves)
+                        : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+// ---- Formats. ----
 
 // Formats of a byte a number: the numbers of a run are 32 bytes, and a run is a part.
 struct Bytes {
@@ -69,15 +78,14 @@ struct Shorts {
 };
 
 struct Int8Shorts : Shorts, Bytes {
-    struct Numbers { __m512i run[2]; };
+    struct Numbers { __m512i run; };
     static constexpr float UNIT = 1;
 
-    static Numbers unpack(const uint8_t* block) {
-        const __m256i* const halves = reinterpret_cast<const __m256i*>(block);
-        return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(halves)), _mm512_cvtepi8_epi16(_mm256_loadu_si256(halves + 1))};
+    static Numbers unpack(const uint8_t* block, int part) {
+        return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(block) + part))};
     }
     static __m512 multiply(const Numbers& w, int part, const X* x) {
-        return _mm512_cvtepi32_ps(_mm512_madd_epi16(w.run[part], _mm512_loadu_si512(x + RUN * part)));
+        return _mm512_cvtepi32_ps(_mm512_madd_epi16(w.run, _mm512_loadu_si512(x + RUN * part)));
     }
 };
 
@@ -104,7 +112,7 @@ struct PackedShorts : Shorts, Packed<BITS> {
         _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_load_si512(from), _mm512_loadu_si512(run)));
         return of_run;
     }
-    static Numbers unpack(const uint8_t* block) {
+    static Numbers unpack(const uint8_t* block, int) {
         __m512i words = _mm512_loadu_si512(block), mask = _mm512_set1_epi16(Packed<BITS>::MASK);
         asm("" : "+v"(words));  // or compilers load it again for each shift
         Numbers w;
@@ -131,12 +139,11 @@ struct Floats {
 };
 
 struct ByteFloats : Floats, Bytes {
-    struct Numbers { __m512 half[4]; };
-    struct Run { __m512 first, second; };
+    struct Numbers { __m512 first, second; };
 
     static __m512 multiply(const Numbers& w, int part, const X* x) {
-        const __m512 first = _mm512_mul_ps(w.half[2 * part], _mm512_loadu_ps(x + RUN * part));
-        return _mm512_fmadd_ps(w.half[2 * part + 1], _mm512_loadu_ps(x + RUN * part + 16), first);
+        const __m512 first = _mm512_mul_ps(w.first, _mm512_loadu_ps(x + RUN * part));
+        return _mm512_fmadd_ps(w.second, _mm512_loadu_ps(x + RUN * part + 16), first);
     }
 };
 
@@ -146,10 +153,8 @@ struct Int8Floats : ByteFloats {
     static __m512 half(const uint8_t* bytes) {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes))));
     }
-    static Run widen(const uint8_t* run) { return {half(run), half(run + 16)}; }
-    static Numbers unpack(const uint8_t* block) {
-        return {half(block), half(block + 16), half(block + 32), half(block + 48)};
-    }
+    static Numbers widen(const uint8_t* run) { return {half(run), half(run + 16)}; }
+    static Numbers unpack(const uint8_t* block, int part) { return widen(block + RUN * part); }
 };
 
 // The bits of e4m3 are those of a half with fewer bits, whose exponent has another bias: it is 2**-8 of the number.
@@ -157,17 +162,14 @@ struct Int8Floats : ByteFloats {
 struct Fp8Floats : ByteFloats {
     static constexpr float UNIT = 256;
 
-    static Run widen(const uint8_t* run) {
+    static Numbers widen(const uint8_t* run) {
         const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run));
         const __m512i moved = _mm512_slli_epi16(_mm512_cvtepi8_epi16(bytes), 7);  // with the sign in two bits
         const __m512i halves = _mm512_and_si512(moved, _mm512_set1_epi16(short(0xbfff)));
         return {_mm512_cvtph_ps(_mm512_castsi512_si256(halves)),
                 _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1))};
     }
-    static Numbers unpack(const uint8_t* block) {
-        const Run one = widen(block), two = widen(block + RUN);
-        return {one.first, one.second, two.first, two.second};
-    }
+    static Numbers unpack(const uint8_t* block, int part) { return widen(block + RUN * part); }
 };
 
 // Vector j of a block: of each of its words the number at bits BITS * j.
@@ -177,7 +179,7 @@ struct PackedFloats : Floats, Packed<BITS> {
     static constexpr float UNIT = 1;
     struct Numbers { __m512 of[CODES]; };
 
-    static Numbers unpack(const uint8_t* block) {
+    static Numbers unpack(const uint8_t* block, int) {
         float table[16];
         for (int i = 0; i < 16; i++) table[i] = float((i & Packed<BITS>::MASK) - (1 << (BITS - 1)));
         const __m512 numbers = _mm512_loadu_ps(table);

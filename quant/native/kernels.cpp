@@ -1,20 +1,31 @@
-// Products with quantized weights on a CPU: the two entry points, and code for processors without AVX-512.
+// Products with quantized weights on a CPU: the two entry points, and code for any processor.
 #include "kernels.h"
 
 #if defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #include "avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "avx2.h"
 #endif
 
 namespace {
 
+typedef uint32_t Words __attribute__((vector_size(16)));
+typedef int32_t Integers __attribute__((vector_size(16)));
+typedef float FourFloats __attribute__((vector_size(16)));
+
+// Numbers that follow one another are in words that do, or in the same: four at a time are shifted by the same.
 template <int BITS>
 void unpack(const uint8_t* row, int64_t K, float* __restrict out) {
-    constexpr int MASK = (1 << BITS) - 1, MIDDLE = 1 << (BITS - 1);
-    for (int64_t k = 0; k < K; k += 32, row += 4 * BITS) {
+    constexpr uint32_t MASK = (1 << BITS) - 1;
+    for (int64_t k = 0; k < K; k += RUN, row += 4 * BITS) {
         uint32_t words[BITS];
         std::memcpy(words, row, 4 * BITS);
-        for (int j = 0; j < 32 / BITS; j++)
-            for (int i = 0; i < BITS; i++) *out++ = float(int((words[i] >> (BITS * j)) & MASK) - MIDDLE);
+        Words codes;
+        for (int i = 0; i < 4; i++) codes[i] = words[i % BITS] >> i / BITS * BITS;
+        for (int j = 0; j < RUN / 4; j++, codes >>= 4, out += 4) {
+            const FourFloats numbers = __builtin_convertvector(Integers(codes & MASK), FourFloats) - float(1 << (BITS - 1));
+            std::memcpy(out, &numbers, sizeof numbers);
+        }
     }
 }
 

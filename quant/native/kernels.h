@@ -21,6 +21,14 @@ enum Dtype : int { NONE = 0, BF16 = 1, FP16 = 2, FP32 = 3, INT8 = 4, FP8 = 5 };
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+constexpr int RUN = 32;
+
+// What stands for a run of x besides its numbers. Each format says besides: ADDED, what its codes are more than the
+// numbers; UNIT, what one is worth; and where in a block the numbers of x go, in PIECES of each run that are APART.
+struct OfRun {
+    float scale, sum;
+};
+
 // One weight [N, K] in the storage that quant/packed.py describes.
 struct Weight {
     const uint8_t* values;

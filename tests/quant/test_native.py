@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import platform
 import sys
 import threading
 from collections.abc import Iterator
@@ -337,13 +338,45 @@ def test_it_is_loaded_once_for_all_threads(afresh: None, compiler: Path) -> None
     assert times(compiler) == 1
 
 
-@pytest.mark.parametrize("flags", [(), ("-fopenmp",)], ids=["no OpenMP", "OpenMP"])
-def test_the_code_for_any_processor(flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs where there is no AVX-512, and where the compiler has no OpenMP: compiled for itself, a few seconds."""
+X86 = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="code for other processors")
+AVX2 = pytest.mark.skipif(not native.INSTRUCTIONS["AVX2"] <= set(native.cpu_flags().split()), reason="no AVX2 here")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), id="any processor, no OpenMP"),
+        pytest.param(("-march=x86-64", "-fopenmp"), id="any processor", marks=X86),
+        pytest.param(("-march=haswell", "-fopenmp"), id="AVX2", marks=AVX2),
+    ],
+)
+def test_the_code_for_other_processors(flags: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs where there is no AVX-512, no AVX2 or no OpenMP keeps the same laws: compiled for itself, seconds."""
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr(native, "CHOICES", (flags,))
     monkeypatch.setattr(native, "_library", native._find_or_compile(tmp_path))
-    for kind in KINDS:
-        test_a_product_is_the_exact_one_within_rounding(kind, torch.bfloat16)
-        test_rows_of_the_weight_are_rounded_once(kind, torch.float16)
+    for kind, dtype in itertools.product(KINDS, DTYPES):
+        test_a_product_is_the_exact_one_within_rounding(kind, dtype)
+        test_rows_of_the_weight_are_rounded_once(kind, dtype)
+        test_a_row_is_the_same_in_any_company_and_with_any_number_of_threads(kind, dtype)
+        for wrong in (float("nan"), float("inf")):
+            test_what_is_not_finite_is_not_hidden(kind, dtype, wrong)
+    for kind in KINDS[:4]:
+        test_products_of_integers_are_exact(kind)
+    test_the_smallest_and_the_largest_inputs()
     check_company(make("int8", 2000, 300, 0, torch.float32), torch.float32)  # large enough for several threads
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("fma f16c avx2 avx512f avx512bw avx512dq avx512vl", "AVX-512"),
+        ("fma f16c avx2 avx512f", "AVX2"),
+        ("avx2", "C++"),
+        ("asimd", "C++"),
+    ],
+)
+def test_the_code_has_the_name_of_its_instructions(flags: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "cxx_compiler", lambda: "any")
+    monkeypatch.setattr(native, "cpu_flags", lambda: flags)
+    assert native.code_name() == name

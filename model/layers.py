@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from model import kernels
 from model.tracing import is_tracing
@@ -19,6 +18,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
+
+
+def finish(y: Tensor, gate: str | None, residual: Tensor | None, multiplier: float) -> Tensor:
+    """What comes after a product, each part only where it is given: residual + multiplier * gated(y)."""
+    if gate is not None:
+        activated, up = y.chunk(2, dim=-1)
+        y = ACTIVATIONS[gate](activated) * up
+    if multiplier != 1.0:
+        y = y * multiplier
+    return y if residual is None else residual + y
 
 
 class RMSNorm(nn.Module):
@@ -73,9 +82,7 @@ class Linear(nn.Linear):
         x: [..., in_features]. `gate` names the activation of a gated product: the output's first half, activated, times
         its second half. Returns [..., out_features], or half of them with a gate.
         """
-        # A quantized weight is a tensor subclass, which brings its own matrix product.
-        plain = not is_traceable_wrapper_subclass(self.weight)
-        one_row = plain and x.numel() == self.in_features
+        one_row = x.numel() == self.in_features
         if one_row and is_tracing() and kernels.usable(x):
             y: Tensor = kernels.gemv_op(
                 x.reshape(-1), self.weight, None if norm is None else norm.weight, self.bias,
@@ -91,9 +98,4 @@ class Linear(nn.Linear):
             y = (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
         else:
             y = F.linear(x, self.weight, self.bias)
-        if gate is not None:
-            activated, up = y.chunk(2, dim=-1)
-            y = ACTIVATIONS[gate](activated) * up
-        if multiplier != 1.0:
-            y = y * multiplier
-        return y if residual is None else residual + y
+        return finish(y, gate, residual, multiplier)

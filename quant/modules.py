@@ -5,7 +5,7 @@ and `Embedding` stood and are called as those are; how the numbers were chosen t
 import torch
 from torch import Tensor, nn
 
-from model.layers import ACTIVATIONS, RMSNorm, Table
+from model.layers import RMSNorm, Table, finish
 from model.tracing import is_tracing
 from quant import activations, ops
 from quant.formats import Format
@@ -74,12 +74,7 @@ class QuantizedLinear(_Quantized):
         if norm is not None:
             x = norm(x)
         y = self._product(x.reshape(-1, self.K)).view(*x.shape[:-1], self.N)
-        if gate is not None:
-            activated, up = y.chunk(2, dim=-1)
-            y = ACTIVATIONS[gate](activated) * up
-        if multiplier != 1.0:
-            y = y * multiplier
-        return y if residual is None else residual + y
+        return finish(y, gate, residual, multiplier)
 
     def _product(self, x_MK: Tensor) -> Tensor:
         """x @ weight.T + bias, [M, N]."""

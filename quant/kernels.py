@@ -47,13 +47,13 @@ def gemv_config(N: int, K: int, bits: int, gated: bool) -> dict[str, int]:
 def gemv(
     x: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None, norm: Tensor | None, bias: Tensor | None,
     residual: Tensor | None, gate: str | None, eps: float, plus_one: bool, multiplier: float, bits: int,
-    group_size: int, config: dict[str, int] | None = None,
+    group_size: int,
 ) -> Tensor:  # fmt: skip
     """`model.kernels.gemv` with a weight of 8 or 4 bits a number."""
     rows, K = values.shape[0], x.numel()
     N = rows if gate is None else rows // 2
     out = torch.empty(N, dtype=x.dtype, device=x.device)
-    config = config or gemv_config(N, K, bits, gate is not None)
+    config = gemv_config(N, K, bits, gate is not None)
     overlap = overlaps(x)
     extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
     grid = (-(-N // config["BLOCK_N"]),)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.layers import RMSNorm, Table, finish
 from model.tracing import is_tracing
-from quant import activations, ops
+from quant import activations, kernels, ops
 from quant.formats import Format
 from quant.packed import dequantize
 
@@ -63,7 +63,7 @@ class QuantizedLinear(_Quantized):
         """residual + multiplier * gated(norm(x) @ weight.T + bias), as `model.layers.Linear.forward` describes it."""
         form = self.format
         if x.numel() == self.K and form.activation is None and ops.fused_usable(x, form.kind, form.bits):
-            fused = ops.fused_gemv_op if is_tracing() else ops.fused_gemv
+            fused = ops.fused_gemv_op if is_tracing() else kernels.gemv
             y: Tensor = fused(
                 x.reshape(-1), self.values, self.scale, self.zero, None if norm is None else norm.weight, self.bias,
                 None if residual is None else residual.reshape(-1), gate,

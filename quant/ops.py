@@ -25,7 +25,7 @@ def quantized_linear(
     """x [M, K] @ weight.T + bias, [M, N] in x's dtype."""
     if x.is_cuda:
         if x.shape[0] == 1 and fused_usable(x, "fp8" if values.is_floating_point() else "int", bits):
-            return fused_gemv(
+            return kernels.gemv(
                 x.reshape(-1), values, scale, zero, None, bias, None, None, 0.0, False, 1.0, bits, group_size
             ).unsqueeze(0)
         weight = kernels.dequantize(values, scale, zero, K, bits, group_size, x.dtype)
@@ -65,19 +65,8 @@ def _by_panels(
 
 
 def fused_usable(x: Tensor, kind: str, bits: int) -> bool:
-    """Whether `fused_gemv` runs on x's device, in its dtype, on such numbers."""
+    """Whether `kernels.gemv` runs on x's device, in its dtype, on such numbers."""
     return bits in (8, 4) and model_kernels.usable(x) and kernels.usable(x, kind)
-
-
-def fused_gemv(
-    x: Tensor, values: Tensor, scale: Tensor, zero: Tensor | None, norm: Tensor | None, bias: Tensor | None,
-    residual: Tensor | None, gate: str | None, eps: float, plus_one: bool, multiplier: float, bits: int,
-    group_size: int,
-) -> Tensor:  # fmt: skip
-    """`model.kernels.gemv`, its weight quantized: one row x [K], with what stands around the product."""
-    return kernels.gemv(
-        x, values, scale, zero, norm, bias, residual, gate, eps, plus_one, multiplier, bits, group_size
-    )
 
 
 def _linear_shape(x: Tensor, values: Tensor, *_: object) -> Tensor:
@@ -92,4 +81,4 @@ def _gemv_shape(
 
 
 quantized_linear_op = register_op("quantized_linear", quantized_linear, _linear_shape)
-fused_gemv_op = register_op("quantized_gemv", fused_gemv, _gemv_shape, "CUDA")
+fused_gemv_op = register_op("quantized_gemv", kernels.gemv, _gemv_shape, "CUDA")

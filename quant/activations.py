@@ -27,4 +27,7 @@ def quantize(x_MK: Tensor, kind: Activation) -> tuple[Tensor, Tensor]:
         zero = (-128 - (low / scale).round()).clamp(-128, 127)
         # At most 255 in size, which bfloat16 still holds.
         numbers = ((x / scale).round() + zero).clamp(-128, 127).sub(zero).to(x_MK.dtype)
+    if x_MK.dtype == torch.float16:
+        # As exact, and sums of products stay in float16's reach, which those of numbers up to 448 may leave.
+        return numbers / 256, scale * 256
     return numbers, scale

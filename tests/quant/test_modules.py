@@ -127,6 +127,20 @@ def test_a_layer_is_the_layer_of_its_weight(
         assert torch.equal(run, traced)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", [form for form in FORMATS if form.activation], ids=str)
+@torch.no_grad()
+def test_large_sums_stay_within_float16(form: Format, device: str) -> None:
+    """What comes out is in reach, the sum of products of quantized inputs before they are scaled would not be."""
+    layer = random_layer(8, 2048, form, torch.float16, device)
+    layer.values.copy_(layer.values[:, :1].expand_as(layer.values).clone())  # of one sign in a row
+    layer.scale.fill_(0.02)
+    x = torch.full((1, 2048), 0.01, device=device, dtype=torch.float16)
+    expected = plain(layer, torch.float64)(x.double())
+    assert expected.abs().max() > 1
+    torch.testing.assert_close(layer(x).double(), expected, rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("form", FORMATS[:9], ids=str)
 @pytest.mark.parametrize("rows", [1, 40])
 @torch.no_grad()

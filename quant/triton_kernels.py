@@ -54,6 +54,24 @@ def _scaled(numbers, scale_ptr, zero_ptr, group, GROUP: tl.constexpr, ZERO: tl.c
 
 
 @triton.jit
+def _finish_rows(
+    acc, up, squares, rows, rows_there, scale_ptr, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
+    GROUP: tl.constexpr, NORM: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATE: tl.constexpr,
+):
+    """The threads' sums of each row together, with the scale of the row where it has one, and what comes after."""
+    y = tl.sum(acc, 1)
+    z = tl.sum(up, 1) if GATE != 0 else 0.0
+    if GROUP == 0:
+        y *= tl.load(scale_ptr + rows_there).to(tl.float32)
+        if GATE != 0:
+            z *= tl.load(scale_ptr + N + rows_there).to(tl.float32)
+    finish(
+        y, z, tl.sum(squares, 0) if NORM else 0.0, rows, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
+        NORM, BIAS, RESIDUAL, GATE,
+    )
+
+
+@triton.jit
 def gemv_8bit_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, residual_ptr, out_ptr, N, K, G, eps, multiplier,
     GROUP: tl.constexpr, ZERO: tl.constexpr, NORM: tl.constexpr, PLUS_ONE: tl.constexpr, BIAS: tl.constexpr,
@@ -102,15 +120,9 @@ def gemv_8bit_kernel(
             w = w_next
             if GATE != 0:
                 u = u_next
-    y = tl.sum(acc, 1)
-    z = tl.sum(up, 1) if GATE != 0 else 0.0
-    if GROUP == 0:
-        y *= tl.load(scale_ptr + rows_there).to(tl.float32)
-        if GATE != 0:
-            z *= tl.load(scale_ptr + N + rows_there).to(tl.float32)
-    finish(
-        y, z, tl.sum(squares, 0) if NORM else 0.0, rows, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
-        NORM, BIAS, RESIDUAL, GATE,
+    _finish_rows(
+        acc, up, squares, rows, rows_there, scale_ptr, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
+        GROUP, NORM, BIAS, RESIDUAL, GATE,
     )
 
 
@@ -179,7 +191,8 @@ def gemv_4bit_kernel(
 ):
     """Eight numbers a 32-bit word, WORDS words a row, four words to 32 numbers of one group. GROUP 0: a scale a row.
 
-    STEPS: WORDS in units of BLOCK_W, rounded up."""
+    STEPS: WORDS in units of BLOCK_W, rounded up.
+    """
     BLOCK_Q: tl.constexpr = BLOCK_W // 4
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows_there = tl.minimum(rows, N - 1).to(tl.int64)  # a row beyond the last reads the last, and is not stored
@@ -273,15 +286,9 @@ def gemv_4bit_kernel(
             w = w_next
             if GATE != 0:
                 u = u_next
-    y = tl.sum(acc, 1)
-    z = tl.sum(up, 1) if GATE != 0 else 0.0
-    if GROUP == 0:
-        y *= tl.load(scale_ptr + rows_there).to(tl.float32)
-        if GATE != 0:
-            z *= tl.load(scale_ptr + N + rows_there).to(tl.float32)
-    finish(
-        y, z, tl.sum(squares, 0) if NORM else 0.0, rows, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
-        NORM, BIAS, RESIDUAL, GATE,
+    _finish_rows(
+        acc, up, squares, rows, rows_there, scale_ptr, bias_ptr, residual_ptr, out_ptr, N, K, eps, multiplier,
+        GROUP, NORM, BIAS, RESIDUAL, GATE,
     )
 
 

@@ -4,7 +4,6 @@ shapes only as the config.json objects of models.json, and what is in a director
 
 import json
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -13,12 +12,24 @@ from pathlib import Path
 from typing import Any
 
 from config.errors import UserError
+from config.hub_cache import (
+    WEIGHT_ENDINGS,
+    HubName,
+    find_gguf_in_hub_cache,
+    find_in_hub_cache,
+    gguf_models,
+    has_weights,
+    parse_hub_name,
+)
 
 DEFAULT_MODEL = "default"
+MODELS_DIR = "TORCHCHAT_MODELS_DIR"
+"""The variable that names a directory of models, each by the name of its own directory."""
+
+EXPORTED_ENDING, PTE_ENDING = ".pt2", ".pte"
+"""Of models that were exported, which are programs: a package of ours, and a program of ExecuTorch's."""
 
 _PROJECT = Path(__file__).resolve().parent.parent
-# What a directory must have one of, to be a model: by the endings of its weights.
-_WEIGHT_ENDINGS = (".safetensors", ".bin", ".pth", ".pt")
 _MAX_NAME = 4096
 
 
@@ -35,6 +46,24 @@ class ModelEntry:
     hub_id: str | None
     directory: Path | None
     config: Mapping[str, Any]
+    parameters: int
+    """Of what runs here, as published: without the parts for images, and a matrix that is used twice counted once."""
+    gated: bool
+    """Whether access must be asked for on Hugging Face."""
+
+    @property
+    def hub_ids(self) -> tuple[str, ...]:
+        """The repository, and the other names that it had or has."""
+        return tuple(name for name in (self.hub_id, *self.aliases) if name is not None and "/" in name)
+
+    @property
+    def short_aliases(self) -> tuple[str, ...]:
+        return tuple(name for name in self.aliases if "/" not in name)
+
+    @property
+    def context(self) -> int:
+        """The longest text that the model was made for, in tokens."""
+        return int(self.config.get("text_config", self.config)["max_position_embeddings"])
 
 
 @dataclass(frozen=True)
@@ -48,6 +77,25 @@ class ResolvedModel:
     entry: ModelEntry | None
 
 
+class ModelNotHere(UserError):
+    """A model that is not on this machine and that may be had from Hugging Face. `wanted`: what to fetch; `entry`: the
+    registry's, if it is of the registry.
+    """
+
+    def __init__(self, name: str, wanted: HubName, entry: ModelEntry | None, hint: str = "") -> None:
+        self.name, self.wanted, self.entry = name, wanted, entry
+        size = f" (about {entry.parameters * 2 / 1e9:.1f} GB)" if entry is not None else ""
+        super().__init__(f"{name} is not on this machine: `torchchat download {name}` fetches it{size}{hint}")
+
+    @property
+    def hub_id(self) -> str:
+        return self.wanted.hub_id
+
+    @property
+    def filename(self) -> str | None:
+        return self.wanted.file
+
+
 def entries() -> tuple[ModelEntry, ...]:
     """Every entry, the embedded model first."""
     return _load_entries()
@@ -55,81 +103,68 @@ def entries() -> tuple[ModelEntry, ...]:
 
 def find(name: str) -> ModelEntry:
     """The entry of that name, alias or hub id, in whatever case. Raises UserError with the nearest names."""
-    entry = _lookup(name)
+    entry = lookup(name)
     if entry is None:
         raise _unknown(name)
     return entry
 
 
+def lookup(name: str) -> ModelEntry | None:
+    """As `find`, and None where there is none."""
+    return _by_name().get(name.lower())
+
+
 def resolve(name: str, *, random_weights: bool = False) -> ResolvedModel:
-    """What `name` means: a registry name, alias or hub id, a local directory or file, or a hub id in the local cache.
+    """What `name` means: a registry name, alias or hub id, a local directory or file, a directory in
+    $TORCHCHAT_MODELS_DIR, or a hub id (with a revision, or a GGUF file) in the local cache.
 
     A registry model that is on this machine wins over a directory of the same name; write ./NAME for that. With
-    `random_weights` it need not be on this machine. Raises UserError with what to do.
+    `random_weights` it need not be on this machine. Raises UserError with what to do; ModelNotHere where that is to
+    download it.
     """
     if not name or len(name) > _MAX_NAME or "\0" in name:
         raise UserError(f"{name[:60]!r} is not the name of a model: give a registry name, a path or a hub id")
-    entry = _lookup(name)
+    entry = lookup(name)
     if entry is not None:
-        weights = _weights_of(entry)
+        weights = weights_of(entry)
         if weights is not None or random_weights:
             return ResolvedModel(entry.name, weights, entry)
-    try:
-        path = Path(name).expanduser()
-        exists = path.exists()
-    except (OSError, RuntimeError):  # a name too long for the file system, or the home of nobody
-        path, exists = Path(name), False
-    if exists:
+    for path in _places(name):
         return ResolvedModel(path.resolve().name, _checked(path, random_weights), None)
     if entry is not None:
         raise _not_here(entry)
-    if _is_hub_id(name):
-        snapshot = find_in_hub_cache(name)
-        if snapshot is not None:
-            return ResolvedModel(name, snapshot, None)
-    if name.startswith((".", "~", os.sep)) or path.suffix in (*_WEIGHT_ENDINGS, ".json"):
+    if (wanted := parse_hub_name(name)) is not None and not _is_path(name):
+        return _in_cache(name, wanted)
+    if _is_path(name):
         raise UserError(f"{name[:200]}: no such file or directory")
     raise _unknown(name)
 
 
-def hub_cache_dir() -> Path:
-    """Where Hugging Face's tools keep what they download: $HF_HUB_CACHE, else $HF_HOME/hub, else the user's cache."""
-    environ = os.environ
-    explicit = environ.get("HF_HUB_CACHE") or environ.get("HUGGINGFACE_HUB_CACHE")
-    if explicit:
-        return Path(explicit).expanduser()
-    home = environ.get("HF_HOME")
-    if home:
-        return Path(home).expanduser() / "hub"
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "huggingface" / "hub"
+def weights_of(entry: ModelEntry) -> Path | None:
+    """Where the model of an entry lies, if it is here and whole."""
+    if entry.directory is not None:
+        return entry.directory if has_weights(entry.directory) else None
+    return next((path for hub_id in entry.hub_ids if (path := find_in_hub_cache(hub_id)) is not None), None)
 
 
-def find_in_hub_cache(hub_id: str) -> Path | None:
-    """The snapshot of `hub_id` that main points at in the local cache, else its newest; None without weights."""
-    folder = hub_cache_dir() / ("models--" + hub_id.replace("/", "--"))
-    snapshots = folder / "snapshots"
-    try:
-        revision = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        revision = ""
-    candidates = [snapshots / revision] if revision and "/" not in revision and ".." not in revision else []
-    try:
-        candidates += sorted(snapshots.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
-    except OSError:
-        return None
-    return next((path for path in candidates if _has_weights(path)), None)
+def models_dir() -> Path | None:
+    """The directory that $TORCHCHAT_MODELS_DIR names, if it is there."""
+    named = os.environ.get(MODELS_DIR)
+    path = Path(named).expanduser() if named else None
+    return path if path is not None and path.is_dir() else None
 
 
 @lru_cache(maxsize=1)
 def _load_entries() -> tuple[ModelEntry, ...]:
-    text = (Path(__file__).parent / "models.json").read_text(encoding="utf-8")
-    return tuple(_entry(item) for item in json.loads(text))
+    items = json.loads((Path(__file__).parent / "models.json").read_text(encoding="utf-8"))
+    by_name = {item["name"]: item for item in items}
+    return tuple(_entry(item, by_name) for item in items)
 
 
-def _entry(item: dict[str, Any]) -> ModelEntry:
+def _entry(item: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]]) -> ModelEntry:
     directory = _PROJECT / item["directory"] if "directory" in item else None
-    config = item.get("config")
-    if config is None and directory is not None and (directory / "config.json").is_file():
+    config = _config(item, by_name)
+    if directory is not None and (directory / "config.json").is_file():
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return ModelEntry(
         name=item["name"],
@@ -137,8 +172,16 @@ def _entry(item: dict[str, Any]) -> ModelEntry:
         description=item["description"],
         hub_id=item.get("hub_id"),
         directory=directory,
-        config=config or {},
+        config=config,
+        parameters=item["parameters"],
+        gated=item.get("gated", False),
     )
+
+
+def _config(item: Mapping[str, Any], by_name: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The item's own keys over those of the model that it is `like`."""
+    like = _config(by_name[item["like"]], by_name) if "like" in item else {}
+    return {**like, **item.get("config", {})}
 
 
 @lru_cache(maxsize=1)
@@ -150,58 +193,88 @@ def _by_name() -> dict[str, ModelEntry]:
     return table
 
 
-def _lookup(name: str) -> ModelEntry | None:
-    return _by_name().get(name.lower())
-
-
-def _weights_of(entry: ModelEntry) -> Path | None:
-    if entry.directory is not None:
-        return entry.directory if _has_weights(entry.directory) else None
-    return find_in_hub_cache(entry.hub_id) if entry.hub_id is not None else None
-
-
-def _has_weights(directory: Path) -> bool:
+def _places(name: str) -> list[Path]:
+    """The files and directories that a name may mean, as far as they are there."""
     try:
-        return any(path.name.endswith(_WEIGHT_ENDINGS) and path.is_file() for path in directory.iterdir())
-    except OSError:
-        return False
+        path = Path(name).expanduser()
+        places = [path] if path.exists() else []
+        directory = models_dir()
+        if directory is not None and Path(name).name == name and (directory / name).exists():
+            places.append(directory / name)
+    except (OSError, RuntimeError):  # a name too long for the file system, or the home of nobody
+        return []
+    return places
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name that is nothing here was meant as a path."""
+    endings = (*WEIGHT_ENDINGS, ".json", ".gguf", EXPORTED_ENDING, PTE_ENDING)
+    ends_as_file = ":" not in name and Path(name).suffix in endings
+    return ends_as_file or name.startswith((".", "~", os.sep))
+
+
+def _in_cache(name: str, wanted: HubName) -> ResolvedModel:
+    entry = lookup(wanted.hub_id)
+    if wanted.file is not None:
+        path = find_gguf_in_hub_cache(wanted)
+    else:
+        path = find_in_hub_cache(wanted.hub_id, wanted.revision)
+        path = _in_directory(path, f"name one as {name}:FILE") if path is not None else None
+    if path is None:
+        near = near_names(name) if entry is None else []
+        raise ModelNotHere(name, wanted, entry, f" (or did you mean {' or '.join(near)}?)" if near else "")
+    return ResolvedModel(name, path, entry)
 
 
 def _checked(path: Path, random_weights: bool) -> Path:
     """A local path that may be a model; what is in the files is for the loader to say."""
+    endings = ", ".join((*WEIGHT_ENDINGS, ".gguf"))
     if path.is_file():
-        if path.suffix not in (*_WEIGHT_ENDINGS, ".json"):
-            endings = ", ".join(_WEIGHT_ENDINGS)
-            raise UserError(f"{path}: is not a checkpoint that can be read here (those end in {endings})")
+        if path.suffix in (EXPORTED_ENDING, PTE_ENDING) and random_weights:
+            raise UserError(f"{path}: is exported with its own weights; name the directory that it was exported from")
+        if path.suffix not in (*WEIGHT_ENDINGS, ".json", ".gguf", EXPORTED_ENDING, PTE_ENDING):
+            known = f"{endings}, {EXPORTED_ENDING}, {PTE_ENDING}"
+            raise UserError(f"{path}: is not a checkpoint that can be read here (those end in {known})")
         return path
-    if not random_weights and not _has_weights(path):
-        endings = ", ".join(_WEIGHT_ENDINGS)
+    if random_weights:
+        return path
+    if not has_weights(path):
         raise UserError(f"{path}: is a directory without weights ({endings}); name the directory of a model")
-    return path
+    return _in_directory(path, "name one of them")
 
 
-def _is_hub_id(name: str) -> bool:
-    """OWNER/REPOSITORY, and nothing that could lead out of the cache's folder."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII) is not None and "--" not in name
+def _in_directory(path: Path, advice: str) -> Path:
+    """The directory itself, or the one GGUF file of a directory that has no other weights."""
+    names = sorted(file.name for file in path.iterdir())
+    found = gguf_models(names)
+    if not found or any(name.endswith(WEIGHT_ENDINGS) for name in names):
+        return path
+    if len(found) > 1:
+        listed = ", ".join(found[:8]) + (", …" if len(found) > 8 else "")
+        raise UserError(f"{path}: has several GGUF files; {advice}: {listed}")
+    return path / found[0]
 
 
 def _not_here(entry: ModelEntry) -> UserError:
     if entry.hub_id is None:
         return UserError(f"{entry.name}: {entry.directory} has no weights: this copy of the program is incomplete")
-    return UserError(
-        f"{entry.name}: its weights are not on this machine; fetch them with `hf download {entry.hub_id}`, or give the "
-        f"directory where you have them, or measure its shapes with `bench --random-weights {entry.name}`"
-    )
+    hint = f", or measure its shapes with `torchchat bench --random-weights {entry.name}`"
+    if entry.gated:
+        hint = f", once access is granted at https://huggingface.co/{entry.hub_id}{hint}"
+    return ModelNotHere(entry.name, HubName(entry.hub_id), entry, hint)
+
+
+def near_names(name: str) -> list[str]:
+    """The names of the registry that are most like one that is not in it."""
+    table = _by_name()
+    near = [table[match].name for match in get_close_matches(name.lower(), table, n=5, cutoff=0.5)]
+    return list(dict.fromkeys(near))[:3]
 
 
 def _unknown(name: str) -> UserError:
-    table = _by_name()
-    near = [table[match].name for match in get_close_matches(name.lower(), table, n=5, cutoff=0.5)]
-    if near:
-        return UserError(f"{name[:80]!r} is not a known model; did you mean {' or '.join(dict.fromkeys(near[:3]))}?")
-    if _is_hub_id(name):
-        return UserError(
-            f"{name}: no such directory, and not in the local Hugging Face cache; `hf download {name}` first"
-        )
-    known = ", ".join(entry.name for entry in entries())
-    return UserError(f"{name[:80]!r} is not a known model, nor a path or a downloaded hub id; known are {known}")
+    if near := near_names(name):
+        return UserError(f"{name[:80]!r} is not a known model; did you mean {' or '.join(near)}?")
+    return UserError(
+        f"{name[:80]!r} is not a known model, nor a path or the id of a repository on Hugging Face (OWNER/NAME); "
+        "`torchchat list` shows what is known"
+    )

@@ -13,6 +13,10 @@ MAX_SEED = 2**63 - 1
 MAX_COUNT = 2**31 - 1
 MAX_STOPS = 64
 MAX_STOP_LENGTH = 4096
+MAX_PENALTY = 2.0
+MAX_BIASES = 1024
+MAX_BIAS = 100.0
+MAX_TOP_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,18 @@ class SamplingParams:
     """Texts that end the sequence; the text shown ends before them."""
     seed: int = 0
     ignore_eos: bool = False
+    presence_penalty: float = 0.0
+    """Taken from the logit of each token that was generated already; negative favours it."""
+    frequency_penalty: float = 0.0
+    """The same, times how often it was generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Added to the logits of these token ids."""
+    min_new_tokens: int = 0
+    """The end of the text cannot be sampled before."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the sequence as the model's own end does, and are no part of its text."""
+    top_logprobs: int | None = None
+    """Report the log-probability of each token and of so many likeliest ones; None reports none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens is not None:
@@ -90,6 +106,20 @@ class SamplingParams:
         _check_float("min_p", self.min_p, 0.0, 1.0)
         _check_float("repetition_penalty", self.repetition_penalty, 0.0, 100.0, above=True)
         check_int("seed", self.seed, 0, MAX_SEED)
+        _check_float("presence_penalty", self.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+        _check_float("frequency_penalty", self.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+        check_int("min_new_tokens", self.min_new_tokens, 0, MAX_COUNT)
+        if self.top_logprobs is not None:
+            check_int("top_logprobs", self.top_logprobs, 0, MAX_TOP_LOGPROBS)
+        if len(self.logit_bias) > MAX_BIASES:
+            raise UserError(f"logit_bias takes at most {MAX_BIASES} tokens, not {len(self.logit_bias)}")
+        for token, bias in self.logit_bias:
+            check_int("a token of logit_bias", token, 0, MAX_COUNT)
+            _check_float(f"logit_bias of token {token}", bias, -MAX_BIAS, MAX_BIAS)
+        if len(self.stop_token_ids) > MAX_STOPS:
+            raise UserError(f"stop_token_ids takes at most {MAX_STOPS} tokens, not {len(self.stop_token_ids)}")
+        for token in self.stop_token_ids:
+            check_int("a token of stop_token_ids", token, 0, MAX_COUNT)
         if len(self.stop) > MAX_STOPS:
             raise UserError(f"stop takes at most {MAX_STOPS} texts, not {len(self.stop)}")
         for text in self.stop:

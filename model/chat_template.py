@@ -1,198 +1,237 @@
-"""Messages to prompt token ids, by the model's own template. Knows which of the special tokens are the template's.
+"""Messages to prompt token ids, by the model's own template or its family's. Knows which of the special tokens are the
+template's.
 
 What is in a message is text: a special token that somebody spells there is none. Templates are code from strangers and
 run in a sandbox, in a process of its own that can be ended, with bounds on size, memory and time.
 """
 
-import json
-import subprocess
-import sys
-import threading
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from config.errors import UserError
-from model.checkpoint import read_json
+from model.chat_families import PLAIN, TEMPLATES, find_format
+from model.chat_files import DEFAULT, TOOL_USE, TemplateText, own_templates
+from model.chat_process import Sandbox
+from model.config import ModelConfig
 from model.tokenizer_base import Tokenizer
 
-MAX_TEMPLATE_BYTES = 256 << 10
-MAX_SECONDS = 10.0
 # Templates build special tokens from roles ("<|" + role + "|>"), so that a role is one of these and nothing else.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
-BOOTSTRAP = "import runpy, sys; sys.path += sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-SANDBOX = Path(__file__).with_name("chat_sandbox.py")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+"""The names by which a message's thoughts are known."""
+STAND_INS = range(0x20000, 0x2A6D7)
+"""Characters that are written as they are also where a template writes a list or an object as Python does."""
+MAX_ERROR_CHARACTERS = 400
+OPEN_END = "(the message ends here) "
+"""Shows where the last message ends in what a template makes of it, as Transformers does it."""
 
 
-def load_chat_template(path: Path, tokenizer: Tokenizer) -> "ChatTemplate | None":
-    """The template of the model at `path`, from chat_template.jinja or else tokenizer_config.json; None without one.
+def load_chat_template(path: Path, tokenizer: Tokenizer, config: ModelConfig, name: str = "") -> "ChatTemplate":
+    """The template of the model at `path`: its own, or else the format of its family, which `name` may tell, or else a
+    dialogue in plain text.
 
-    Raises UserError when it is too large or no template.
+    Raises UserError when its own is too large or no template.
     """
-    directory = path if path.is_dir() else path.parent
-    file, settings = directory / "chat_template.jinja", directory / "tokenizer_config.json"
-    if file.exists():
-        if file.stat().st_size > MAX_TEMPLATE_BYTES:
-            raise _too_large(file)
-        try:
-            return ChatTemplate(file, file.read_text(encoding="utf-8"), tokenizer)
-        except UnicodeDecodeError:
-            raise UserError(f"{file}: is not UTF-8, so that it is no template") from None
-    template = read_json(settings).get("chat_template") if settings.exists() else None
-    if template is None:
-        return None
-    if isinstance(template, list):
-        defaults = (entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default")
-        template = next(defaults, {}).get("template")
-    if not isinstance(template, str):
-        raise UserError(f'{settings}: "chat_template" is neither a template nor a list with one named "default"')
-    return ChatTemplate(settings, template, tokenizer)
+    if own := own_templates(path):
+        return ChatTemplate(own, tokenizer)
+    found = find_format(tokenizer, config, name or path.name)
+    plain = found is PLAIN
+    origin = "plain text (no chat format of it is known)" if plain else f"{found.name} (the model brings no template)"
+    text = TemplateText(TEMPLATES / found.template, found.read())
+    return ChatTemplate({DEFAULT: text}, tokenizer, origin=origin, plain=plain, stop=found.stop)
 
 
 class ChatTemplate:
-    """A model's template. Threads may share it."""
+    """The templates of one model. Threads may share it.
 
-    def __init__(self, source: Path, template: str, tokenizer: Tokenizer) -> None:
-        if len(template.encode()) > MAX_TEMPLATE_BYTES:
-            raise _too_large(source)
-        self._source, self._template, self._tokenizer = source, template, tokenizer
-        self._sandbox = _Sandbox()
+    origin: where it comes from, for a person. plain: the model was not taught to converse as far as is known, and
+    continues a dialogue. stop: texts that end an answer beside the tokens that do.
+    """
+
+    def __init__(
+        self,
+        templates: Mapping[str, TemplateText],
+        tokenizer: Tokenizer,
+        *,
+        origin: str = "its own",
+        plain: bool = False,
+        stop: tuple[str, ...] = (),
+    ) -> None:
+        """templates: by name, with one that is named "default"."""
+        self.origin, self.plain, self.stop = origin, plain, stop
+        self._templates, self._tokenizer = templates, tokenizer
+        self._sandbox = Sandbox()
         # No special token can begin and end in text that has neither the first nor the last character of one.
         self._marks = {mark for piece in tokenizer.special_pieces for mark in (piece[0], piece[-1])}
+        self._spellings = {frozenset(piece) for piece in tokenizer.special_pieces}
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
         """The ids of a conversation, BOS included where the template writes it, ready for the model to answer.
 
-        messages: {"role", "content"} and what else the template knows, of JSON's types. Raises UserError with the
-        template's own words when it refuses them, and when it fails or takes too long.
+        messages: {"role", "content"} and what else the template knows, of JSON's types. tools: functions that the model
+        may call, as OpenAI describes them; a template of the model for this is used then. variables: what else the
+        template may ask for, such as enable_thinking. Raises UserError with the template's own words when it refuses
+        them, and when it fails or takes too long.
         """
+        template = self._templates[TOOL_USE if tools is not None and TOOL_USE in self._templates else DEFAULT]
+        fixed, given = self._given(messages, add_generation_prompt, tools, variables)
+        try:
+            return self._encoded(template, fixed, given)
+        except RecursionError:
+            raise UserError("the messages or the tools are nested too deeply") from None
+
+    @property
+    def template(self) -> str:
+        """The template itself: the one that is used without tools."""
+        return self._templates[DEFAULT].text
+
+    def text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, *, open_end: bool = False
+    ) -> str:
+        """The text of a conversation as the template writes it, special tokens spelled: where a message spells one, it
+        is one too. open_end: the text ends within the last message, which is to be continued. Raises UserError as
+        `render` does.
+        """
+        if open_end:
+            *before, last = messages
+            messages = [*before, {**last, "content": last["content"] + OPEN_END}]
+        fixed, given = self._given(messages, add_generation_prompt, None, None)
+        template = self._templates[DEFAULT]
+        (text,) = self._render(template, [fixed | given])
+        if not open_end:
+            return text
+        at = text.rfind(OPEN_END.strip())
+        if at < 0:
+            raise UserError(f"{template.source}: the chat template does not write what the last message says")
+        # Without the space after it, the template strips what a message says.
+        return text[:at] if text[at:].startswith(OPEN_END) else text[:at].rstrip()
+
+    def _given(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What templates are told by us, and what by others. Raises UserError for a role that is none."""
         for message in messages:
             if message.get("role") not in ROLES:
                 raise UserError(f"a message has role {message.get('role')!r}; it can be {', '.join(ROLES)}")
-        variables: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
-        variables |= {**self._tokenizer.named, "add_generation_prompt": add_generation_prompt}
-        stand_ins = self._stand_ins(messages)
+        fixed = {**self._tokenizer.named, "add_bos": self._tokenizer.add_bos}
+        fixed["add_generation_prompt"] = add_generation_prompt
+        given: dict[str, Any] = {"documents": None, **(variables or {})}
+        given |= {"messages": [_as_expected(message) for message in messages], "tools": tools and list(tools)}
+        given = {name: value for name, value in given.items() if name not in fixed}
+        return fixed, given
+
+    def _encoded(self, template: TemplateText, fixed: dict[str, Any], given: dict[str, Any]) -> list[int]:
+        characters: set[str] = set().union(*_strings(given))
+        stand_ins = self._stand_ins(characters, template.text)
         if not stand_ins:
-            (text,) = self._render([variables])
+            (text,) = self._render(template, [fixed | given])
             return self._tokenizer.encode_parts(self._tokenizer.split_specials(text))
         # Where other characters stand for these marks in the messages, every special token is the template's own.
         there = str.maketrans(stand_ins)
         back = str.maketrans({stand_in: mark for mark, stand_in in stand_ins.items()})
-        text, safe = self._render([variables, {**variables, "messages": _translate(list(messages), there)}])
+        # But the template may look at what a message says, such as the end of a thought, and would not see the marks.
+        near = _mapped(given, self._nearly(template.text, characters, there))
+        far = _mapped(given, lambda text: text.translate(there))
+        safe, seen = self._render(template, [fixed | far, fixed | near])
         parts = self._tokenizer.split_specials(safe)
-        if safe.translate(back) != text:
-            # The template looks at what a message says, such as the end of a thought, and did not see the marks. It saw
-            # the true messages too: that text is the better one, if they brought no special token with them.
-            true_parts = self._tokenizer.split_specials(text)
-            if _only_ids(true_parts) == _only_ids(parts):
-                parts = true_parts
+        if safe.translate(back) != seen.translate(back):
+            # What it saw is the better text, if that brought no special token.
+            seen_parts = self._tokenizer.split_specials(seen)
+            if _only_ids(seen_parts) == _only_ids(parts):
+                parts = seen_parts
         return self._tokenizer.encode_parts([p.translate(back) if isinstance(p, str) else p for p in parts])
 
-    def _stand_ins(self, messages: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-        """For each mark that the messages hold, a character that is nowhere in them or in the template."""
-        characters = set().union(*_strings(messages))
+    def _stand_ins(self, characters: set[str], template: str) -> dict[str, str]:
+        """For each mark among the messages' characters, a character that is neither there nor in the template."""
         marks = sorted(self._marks & characters)
-        taken = characters | set(self._template)
-        free = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in taken)
+        taken = characters.union(template, *self._spellings)
+        free = (c for c in map(chr, STAND_INS) if c not in taken)
         stand_ins = dict(zip(marks, free, strict=False))
         if len(stand_ins) < len(marks):
-            raise UserError("the messages hold every private character of Unicode; leave some out")
+            raise UserError("the messages hold every character that could stand for others; leave some out")
         return stand_ins
 
-    def _render(self, renders: list[dict[str, Any]]) -> list[str]:
-        answer = self._sandbox.ask({"template": self._template, "renders": renders})
-        if answer is None:
-            raise UserError(f"{self._source}: the chat template was ended: it took more than {MAX_SECONDS:g} s or died")
-        if "error" in answer:
-            raise UserError(f"{self._source}: the chat template says: {' '.join(str(answer['error']).split())}")
-        texts: list[str] = answer["texts"]
-        return texts
+    def _nearly(self, template: str, characters: set[str], there: Mapping[int, str]) -> Callable[[str], str]:
+        """What a text of the messages becomes to be as true as is safe.
+
+        As they are, where their characters do not suffice to spell a special token, however they are cut and joined.
+        Else with marks only in what the template may look for: a text in it that neither holds a special token nor is
+        a part of one.
+        """
+        if not any(spelling <= characters for spelling in self._spellings):
+            return lambda text: text
+        looked_for = {_unescaped(run) for run in re.split("['\"]", template)}
+        specials = self._tokenizer.special_pieces
+        kept = [text for text in looked_for if len(text) > 1 and self._marks & set(text)]
+        kept = [text for text in kept if not any(text in piece or piece in text for piece in specials)]
+        pattern = re.compile("|".join(["(?!)", *map(re.escape, sorted(kept, key=len, reverse=True))]))
+
+        def translate(text: str) -> str:
+            at, pieces = 0, []
+            for match in pattern.finditer(text):
+                pieces += [text[at : match.start()].translate(there), match[0]]
+                at = match.end()
+            return "".join([*pieces, text[at:].translate(there)])
+
+        return translate
+
+    def _render(self, template: TemplateText, renders: list[dict[str, Any]]) -> list[str]:
+        answer = self._sandbox.ask(template.text, renders)
+        if isinstance(answer, str):
+            words = " ".join("".join(c if c.isprintable() else " " for c in answer).split())
+            cut = words if len(words) <= MAX_ERROR_CHARACTERS else f"{words[:MAX_ERROR_CHARACTERS]}…"
+            raise UserError(f"{template.source}: the chat template {cut}")
+        return answer
 
 
-def _too_large(source: Path) -> UserError:
-    return UserError(f"{source}: the chat template is larger than {MAX_TEMPLATE_BYTES >> 10} KiB")
+def _as_expected(message: Mapping[str, Any]) -> dict[str, Any]:
+    """As Transformers gives it to templates: nothing that is null, and thoughts by the names that are asked for."""
+    given = {name: value for name, value in message.items() if value is not None}
+    thoughts = [given[name] for name in THOUGHTS if name in given]
+    return {"thinking": thoughts[0], **given, "reasoning_content": thoughts[0]} if thoughts else given
 
 
 def _only_ids(parts: Sequence[str | int]) -> list[int]:
     return [part for part in parts if isinstance(part, int)]
 
 
+def _unescaped(text: str) -> str:
+    """As a text in a template is meant, of which this is what is written."""
+    return text.replace("\\n", "\n").replace("\\t", "\t").replace("\\\\", "\\")
+
+
 def _strings(value: Any) -> Iterator[str]:
-    """Every string in a value of JSON's types, but for the keys of objects."""
+    """Every text in a value of JSON's types. The names by which a template gets at things are none."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
-        for item in value.values():
+        for key, item in value.items():
+            if not key.isidentifier():
+                yield key
             yield from _strings(item)
     elif isinstance(value, Sequence):
         for item in value:
             yield from _strings(item)
 
 
-def _translate(value: Any, table: Mapping[int, str]) -> Any:
-    """The same value with every such string translated."""
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """The same value with every such text changed."""
     if isinstance(value, str):
-        return value.translate(table)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: _translate(item, table) for key, item in value.items()}
-    return [_translate(item, table) for item in value] if isinstance(value, Sequence) else value
-
-
-class _Sandbox:
-    """The process that renders: started when it is first asked, and again when it had to be ended."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def _started(self) -> "subprocess.Popen[bytes]":
-        if self._process is not None and self._process.poll() is None:
-            return self._process
-        # -I: neither the environment nor the working directory says what is imported; our own path does.
-        command = [sys.executable, "-I", "-c", BOOTSTRAP, str(SANDBOX), *filter(None, sys.path)]
-        # In a session of its own it does not hear Ctrl-C, which is for us.
-        process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        weakref.finalize(self, _end, process)
-        self._process = process
-        return process
-
-    def ask(self, request: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer; None when there was none in time."""
-        with self._lock:
-            process = self._started()
-            timer = threading.Timer(MAX_SECONDS, process.kill)
-            timer.daemon = True
-            timer.start()
-            try:
-                stdin, stdout = _pipes(process)
-                stdin.write(json.dumps(request).encode() + b"\n")
-                stdin.flush()
-                line = stdout.readline()
-                answer: dict[str, Any] = json.loads(line)
-            except (OSError, ValueError):
-                process.kill()
-                process.wait()
-                return None
-            finally:
-                timer.cancel()
-            return answer
-
-
-def _pipes(process: "subprocess.Popen[bytes]") -> tuple[IO[bytes], IO[bytes]]:
-    assert process.stdin is not None
-    assert process.stdout is not None
-    return process.stdin, process.stdout
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    process.kill()
-    process.wait()
-    for pipe in _pipes(process):
-        try:
-            pipe.close()
-        except OSError:
-            # What was still to be written to it has nowhere to go.
-            continue
+        keys = (key if key.isidentifier() else change(key) for key in value)
+        return {key: _mapped(item, change) for key, item in zip(keys, value.values(), strict=True)}
+    return [_mapped(item, change) for item in value] if isinstance(value, Sequence) else value

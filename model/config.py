@@ -37,9 +37,14 @@ _LLAMA2C_HEADER = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vo
 def load_config(path: Path) -> ModelConfig:
     """The configuration of the model at `path`: a directory, or one file of it.
 
-    A directory is read by its config.json, else by its params.json, else by its only llama2.c checkpoint. Beside a
-    config.json, the end tokens of generation_config.json count too. Raises UserError.
+    A directory is read by its config.json, else by its params.json, else by its only llama2.c checkpoint; one whose
+    weights are in GGUF by those alone. Beside a config.json, the end tokens of generation_config.json count too. Raises
+    UserError.
     """
+    if (gguf := _find_gguf(path)) is not None:
+        from model.gguf_config import gguf_config  # imports its package, for such files alone
+
+        return gguf_config(gguf)
     if path.is_dir():
         return _load_directory(path)
     if not path.is_file():
@@ -58,11 +63,21 @@ def load_config(path: Path) -> ModelConfig:
 def hf_document(path: Path) -> dict[str, object]:
     """A config.json for the model at `path`: the one that it is read by, or one that says the same. Raises UserError.
     """
+    if (gguf := _find_gguf(path)) is not None:
+        from model.gguf_config import gguf_document
+
+        return gguf_document(gguf)
     llama2c = path.is_file() and path.suffix in (".pt", ".bin") and not path.name.startswith("pytorch_model")
     file = (path if path.is_dir() else path.parent) / "config.json"
     if file.is_file() and not llama2c:
         return dict(_read_json(file))
     return _to_hf(load_config(path))
+
+
+def _find_gguf(path: Path) -> Path | None:
+    from model.checkpoint import find_gguf  # which imports this module
+
+    return find_gguf(path)
 
 
 def _to_hf(config: ModelConfig) -> dict[str, object]:

@@ -3,26 +3,32 @@ silent. Reads only what it knows; a key that could change the result and is not 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any
 
 from config.errors import UserError
 from model.config_fields import Fields, shown
+from model.config_moe import everywhere, read_experts, where_sparse
 from model.config_rope import read_rope, read_rope_by_attention
 from model.config_tables import (
     DEFAULTS,
+    GEMMA,
     GEMMA2,
     GEMMA3,
     GRANITE,
     HARMLESS,
     LLAMA,
     MISTRAL,
+    MIXTRAL,
+    MLLAMA,
     NO_BIASES,
+    OLMOE,
     ONLY,
     PHI3,
     QWEN,
+    QWEN3_MOE,
     REASONS,
     SMOLLM3,
 )
@@ -64,8 +70,8 @@ def from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
     Both spellings of the rotary parameters are read; omitted keys take Transformers' defaults for the family.
     """
     model_type = _model_type(config, where)
-    if model_type == "gemma3":
-        return _from_multimodal(config, where)
+    if model_type in _MULTIMODAL:
+        return _from_multimodal(config, where, model_type)
     family = _FAMILIES[model_type]
     fields = Fields(config, where, {**DEFAULTS, **family.defaults})
     fields.used |= {"model_type", "architectures"}
@@ -88,7 +94,7 @@ def from_hf(config: Mapping[str, object], where: str) -> ModelConfig:
         if fields.data.get(key) is not None:
             fields.choice(key, allowed)
     for key, reason in REASONS.items():
-        if fields.data.get(key) is not None:
+        if fields.data.get(key) is not None and key not in fields.used:
             raise fields.error(key, reason)
     result = ModelConfig(
         family=model_type,
@@ -124,7 +130,7 @@ def read_special_ids(fields: Fields) -> tuple[int | None, tuple[int, ...]]:
 def _model_type(config: Mapping[str, object], where: str) -> str:
     """The family, by `architectures`, or by `model_type` where that is missing; they must not disagree."""
     by_architecture = {family.architecture: name for name, family in _FAMILIES.items()}
-    by_architecture["Gemma3ForConditionalGeneration"] = "gemma3"
+    by_architecture |= {part.architecture: name for name, part in _MULTIMODAL.items()}
     architectures, model_type = config.get("architectures"), config.get("model_type")
     if architectures is not None and (not isinstance(architectures, list) or len(architectures) != 1):
         raise UserError(f"{where}: architectures is {shown(architectures)}, not a list of one name")
@@ -143,9 +149,10 @@ def _model_type(config: Mapping[str, object], where: str) -> str:
     return known[name]
 
 
-def _from_multimodal(config: Mapping[str, object], where: str) -> ModelConfig:
-    """Gemma 3 with its vision part left out: the language model of `text_config`."""
-    outer = Fields(config, where, {"tie_word_embeddings": True})
+def _from_multimodal(config: Mapping[str, object], where: str, model_type: str) -> ModelConfig:
+    """A model of text and images with its vision part left out: the language model of `text_config`."""
+    part = _MULTIMODAL[model_type]
+    outer = Fields(config, where, part.defaults)
     outer.used |= {"model_type", "architectures", "vision_config", "mm_tokens_per_image", "vocab_size", "text_config"}
     outer.used |= {f"{token}_token_{kind}" for token in ("boi", "eoi", "image") for kind in ("index", "id")}
     text = config.get("text_config")
@@ -154,19 +161,20 @@ def _from_multimodal(config: Mapping[str, object], where: str) -> ModelConfig:
     if text.get("final_logit_softcapping") is not None:
         # The multimodal class applies none, the text one does: what the weights were trained with is not known.
         raise outer.error("text_config.final_logit_softcapping", "is set, which this architecture does not apply")
-    merged = {"model_type": "gemma3_text", **text}
+    merged = {"model_type": part.text_type, **text}
     refused = [key for key in REASONS if key != "text_config"]
-    for key in ("tie_word_embeddings", "bos_token_id", "eos_token_id", *refused):
+    for key in (*part.rules, *refused):
         # The outer object rules; the inner one has the defaults of a text model where it is written at all.
         value = outer.get(key)
         if value is not None:
             merged[key] = value
-    if "vocab_size" in config and config["vocab_size"] != {**GEMMA3, **text}["vocab_size"]:
+    text_defaults = _FAMILIES[part.text_type].defaults
+    if "vocab_size" in config and config["vocab_size"] != {**text_defaults, **text}["vocab_size"]:
         raise outer.error("vocab_size", "differs from text_config.vocab_size")
     for key, allowed in ONLY.items():
         if outer.data.get(key) is not None:
             outer.choice(key, allowed)
-    outer.refuse_unread(HARMLESS, "a gemma3 model")
+    outer.refuse_unread(HARMLESS | part.ignored, f"a {model_type} model")
     return from_hf(merged, f"{where} (text_config)")
 
 
@@ -233,6 +241,22 @@ def _read_llama(fields: Fields, shape: _Shape) -> dict[str, Any]:
     return {**_plain_layers(fields, shape), **_biases(fields, mlp=True)}
 
 
+def _read_mllama(fields: Fields, shape: _Shape) -> dict[str, Any]:
+    """Without its layers that attend to images: where there is none, they are passed over. They keep their numbers in
+    the checkpoint, whose embedding has eight rows more than the vocabulary, for images.
+    """
+    fields.used.add("dropout")
+    crossing = fields.sequence("cross_attention_layers") or []
+    for number in crossing:
+        if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+            raise fields.error("cross_attention_layers", f"has {shown(number)}, not the number of a layer")
+    stored = tuple(number for number in range(shape.num_layers) if number not in crossing)
+    if not stored:
+        raise fields.error("cross_attention_layers", "leaves no layer for text")
+    layers = _plain_layers(fields, replace(shape, num_layers=len(stored)))
+    return {**layers, "stored_layers": stored, "stored_extra_embeddings": 8}
+
+
 def _read_granite(fields: Fields, shape: _Shape) -> dict[str, Any]:
     return {
         **_read_llama(fields, shape),
@@ -245,6 +269,11 @@ def _read_granite(fields: Fields, shape: _Shape) -> dict[str, Any]:
 
 def _read_mistral(fields: Fields, shape: _Shape) -> dict[str, Any]:
     return _windowed_layers(fields, shape, phi=False)
+
+
+def _read_mixtral(fields: Fields, shape: _Shape) -> dict[str, Any]:
+    read = _read_mistral(fields, shape)
+    return {**read, **read_experts(fields, everywhere(read["layers"]), normalizes=True)}
 
 
 def _read_phi3(fields: Fields, shape: _Shape) -> dict[str, Any]:
@@ -272,6 +301,32 @@ def _read_qwen3(fields: Fields, shape: _Shape) -> dict[str, Any]:
     return {**_qwen_layers(fields, shape), **_biases(fields, mlp=False), "qk_norm": True}
 
 
+def _read_qwen3_moe(fields: Fields, shape: _Shape) -> dict[str, Any]:
+    window = fields.optional_integer("sliding_window")
+    if not fields.flag("use_sliding_window"):
+        window = None
+    fields.used.add("max_window_layers")  # all layers slide, or none, whatever this says
+    rope = read_rope(fields, shape.head_dim, shape.max_positions, phi=False)
+    kinds = _kinds(fields, shape, ["full" if window is None else "sliding"] * shape.num_layers, free=False)
+    read = _layers(fields, kinds, [rope] * shape.num_layers, window)
+    experts = read_experts(fields, where_sparse(fields, read["layers"]), normalizes=None)
+    return {
+        **read,
+        **experts,
+        **_biases(fields, mlp=False),
+        "moe_intermediate_size": fields.integer("moe_intermediate_size"),
+        "qk_norm": True,
+    }
+
+
+def _read_olmoe(fields: Fields, shape: _Shape) -> dict[str, Any]:
+    if fields.get("clip_qkv") is not None:
+        raise fields.error("clip_qkv", "is set, which cannot be run here")
+    read = _plain_layers(fields, shape)
+    experts = read_experts(fields, everywhere(read["layers"]), normalizes=None)
+    return {**read, **experts, **_biases(fields, mlp=False), "qk_norm": True, "qk_norm_whole": True}
+
+
 def _read_smollm3(fields: Fields, shape: _Shape) -> dict[str, Any]:
     """Every fourth layer (or where no_rope_layers has a 0) is without positions; those slide, if any do."""
     interval = fields.integer("no_rope_layer_interval")
@@ -294,7 +349,18 @@ def _read_smollm3(fields: Fields, shape: _Shape) -> dict[str, Any]:
     }
 
 
+def _read_gemma(fields: Fields, shape: _Shape) -> dict[str, Any]:
+    """The first, whose layers are Llama's but for the norms and the activation."""
+    return {
+        **_plain_layers(fields, shape),
+        **_biases(fields, mlp=False),
+        "norm_plus_one": True,
+        "embedding_multiplier": fields.integer("hidden_size") ** 0.5,
+    }
+
+
 def _gemma(fields: Fields) -> dict[str, Any]:
+    """What Gemma 2 and 3 share."""
     return {
         **_biases(fields, mlp=False),
         "norm_plus_one": True,
@@ -333,14 +399,47 @@ def _read_gemma3(fields: Fields, shape: _Shape) -> dict[str, Any]:
 
 _FAMILIES: dict[str, _Family] = {
     "llama": _Family("LlamaForCausalLM", _read_llama, LLAMA),
+    "mllama_text_model": _Family(
+        "MllamaForCausalLM", _read_mllama, MLLAMA, {**NO_BIASES, "tie_word_embeddings": (False,)}
+    ),
     "mistral": _Family("MistralForCausalLM", _read_mistral, MISTRAL, NO_BIASES),
+    "mixtral": _Family("MixtralForCausalLM", _read_mixtral, MIXTRAL, NO_BIASES),
     "granite": _Family("GraniteForCausalLM", _read_granite, GRANITE),
     "qwen2": _Family(
         "Qwen2ForCausalLM", _read_qwen2, QWEN, {"attention_bias": (True,), "qkv_bias": (True,), "mlp_bias": (False,)}
     ),
     "qwen3": _Family("Qwen3ForCausalLM", _read_qwen3, {**QWEN, "head_dim": 128}, {"mlp_bias": (False,)}),
+    "qwen3_moe": _Family("Qwen3MoeForCausalLM", _read_qwen3_moe, QWEN3_MOE, {"mlp_bias": (False,)}),
+    "olmoe": _Family("OlmoeForCausalLM", _read_olmoe, OLMOE, {"mlp_bias": (False,)}),
     "phi3": _Family("Phi3ForCausalLM", _read_phi3, PHI3, NO_BIASES),
     "smollm3": _Family("SmolLM3ForCausalLM", _read_smollm3, SMOLLM3),
+    "gemma": _Family("GemmaForCausalLM", _read_gemma, GEMMA, {"hidden_activation": ("gelu_pytorch_tanh",)}),
     "gemma2": _Family("Gemma2ForCausalLM", _read_gemma2, GEMMA2, {}, "hidden_activation"),
     "gemma3_text": _Family("Gemma3ForCausalLM", _read_gemma3, GEMMA3, {}, "hidden_activation"),
+}
+
+
+@dataclass(frozen=True)
+class _Multimodal:
+    """A model of text and images: the family of its text part, and what its file says of that outside of it."""
+
+    architecture: str
+    text_type: str
+    rules: tuple[str, ...]
+    """The keys that count where they stand outside."""
+    defaults: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+    ignored: frozenset[str] = frozenset()
+
+
+_MULTIMODAL: dict[str, _Multimodal] = {
+    "gemma3": _Multimodal(
+        "Gemma3ForConditionalGeneration",
+        "gemma3_text",
+        ("tie_word_embeddings", "bos_token_id", "eos_token_id"),
+        {"tie_word_embeddings": True},
+    ),
+    # Its output matrix is its own whatever is said outside.
+    "mllama": _Multimodal(
+        "MllamaForConditionalGeneration", "mllama_text_model", (), ignored=frozenset({"tie_word_embeddings"})
+    ),
 }

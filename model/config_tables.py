@@ -11,6 +11,7 @@ HARMLESS = frozenset(
     id2label label2id num_labels prefix torch_dtype dtype use_cache cache_implementation attn_implementation
     _attn_implementation _attn_implementation_autoset use_flash_attention_2 torchscript output_attentions
     output_hidden_states return_dict return_dict_in_generate tie_last_hidden_states initializer_range
+    output_router_logits router_aux_loss_coef router_jitter_noise
     _commit_hash attention_dropout resid_pdrop embd_pdrop hidden_dropout neftune_noise_alpha gradient_checkpointing
     use_reentrant_checkpointing pretraining_tp use_bfloat16
     tf_legacy_loss pad_token_id unk_token_id sep_token_id decoder_start_token_id
@@ -44,9 +45,9 @@ REASONS = {
     "quantization_config": _QUANTIZED,
     "quantization": _QUANTIZED,
     "compression_config": _QUANTIZED,
-    "num_local_experts": "makes this a mixture of experts, which cannot be run here: use a dense model",
-    "num_experts": "makes this a mixture of experts, which cannot be run here: use a dense model",
-    "text_config": "is of a multimodal model; only Gemma3ForConditionalGeneration is known of those",
+    "num_local_experts": "makes this a mixture of experts, which this family cannot be here",
+    "num_experts": "makes this a mixture of experts, which this family cannot be here",
+    "text_config": "is of a multimodal model; known of those are Gemma3… and MllamaForConditionalGeneration",
 }
 
 # What Transformers takes where a file says nothing. Every family starts from these.
@@ -67,6 +68,19 @@ LLAMA: dict[str, object] = {
     "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+MLLAMA: dict[str, object] = {
+    **LLAMA,
+    "vocab_size": 128256,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500_000.0,
+    "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
 }
 GRANITE: dict[str, object] = {
     **LLAMA,
@@ -89,6 +103,37 @@ QWEN: dict[str, object] = {
     "max_position_embeddings": 32768,
     "sliding_window": 4096,
     "max_window_layers": 28,
+}
+MIXTRAL: dict[str, object] = {
+    **MISTRAL,
+    "sliding_window": None,
+    "rope_theta": 1_000_000.0,
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+}
+QWEN3_MOE: dict[str, object] = {
+    **QWEN,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 4,
+    "decoder_sparse_step": 1,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+OLMOE: dict[str, object] = {
+    "vocab_size": 50304,
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 50279,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
 }
 PHI3: dict[str, object] = {
     "vocab_size": 32064,
@@ -115,6 +160,20 @@ SMOLLM3: dict[str, object] = {
     "tie_word_embeddings": True,
     "bos_token_id": 128000,
     "eos_token_id": 128001,
+}
+GEMMA: dict[str, object] = {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
 }
 GEMMA2: dict[str, object] = {
     "vocab_size": 256000,

@@ -39,6 +39,8 @@ class LayerConfig:
 
     attention: AttentionKind
     rope: RopeConfig | None
+    experts: bool = False
+    """Whether its feed-forward is a mixture of experts."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class ModelConfig:
     head_dim: int
     max_position_embeddings: int
     layers: tuple[LayerConfig, ...]
+    # Which of a checkpoint's layers these are, where it has others too (for images); () where it has no others.
+    stored_layers: tuple[int, ...] = ()
+    # Rows at the end of a checkpoint's embedding that no text uses.
+    stored_extra_embeddings: int = 0
     rms_norm_eps: float = 1e-5
     # Gemma multiplies by (1 + weight), in float32, before it rounds; the others by weight, after.
     norm_plus_one: bool = False
@@ -61,6 +67,8 @@ class ModelConfig:
     post_norms: bool = False
     # RMSNorm over each head of q and k (Qwen3, Gemma 3).
     qk_norm: bool = False
+    # Over all heads of a token at once instead (OLMoE).
+    qk_norm_whole: bool = False
     hidden_act: Activation = "silu"
     qkv_bias: bool = False
     o_bias: bool = False
@@ -74,5 +82,11 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
+    # Of a mixture: the experts of a layer, how many of them a token goes through, how wide each is, and whether their
+    # weights are made to sum to one.
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

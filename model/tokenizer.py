@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from config.errors import UserError
-from model.checkpoint import first_bytes, wrong_file
+from model.checkpoint import find_gguf, first_bytes, wrong_file
 from model.config import ModelConfig
 from model.tokenizer_base import PieceTokenizer, Tokenizer, read_metadata
 
@@ -23,9 +23,13 @@ def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
     """The tokenizer of the model at `path`, a directory or a file of weights with the tokenizer beside it.
 
     tokenizer.json comes first, as in Transformers; a tokenizer.model is SentencePiece's or tiktoken's, as its first
-    bytes say; a tokenizer.bin is llama2.c's. Raises UserError when there is none, when it is damaged or something else,
-    or when it has tokens that the model does not know.
+    bytes say; a tokenizer.bin is llama2.c's; a GGUF file has its own in it. Raises UserError when there is none, when
+    it is damaged or something else, or when it has tokens that the model does not know.
     """
+    if (gguf := _gguf_with_tokenizer(path)) is not None:
+        from model.tokenizer_gguf import load_gguf_tokenizer
+
+        return load_gguf_tokenizer(gguf, config)
     file = _find(path)
     if file is None:
         directory = path if path.is_dir() else path.parent
@@ -35,7 +39,15 @@ def load_tokenizer(path: Path, config: ModelConfig) -> Tokenizer:
 
 def has_tokenizer(path: Path) -> bool:
     """Whether there is one to load."""
-    return _find(path) is not None
+    return _gguf_with_tokenizer(path) is not None or _find(path) is not None
+
+
+def _gguf_with_tokenizer(path: Path) -> Path | None:
+    if (gguf := find_gguf(path)) is None:
+        return None
+    from model.tokenizer_gguf import has_gguf_tokenizer
+
+    return gguf if has_gguf_tokenizer(gguf) else None
 
 
 def _find(path: Path) -> Path | None:
@@ -55,7 +67,7 @@ def _load(path: Path, config: ModelConfig) -> Tokenizer:
             raise wrong_file(path, "a tokenizer.json")
         from model.tokenizer_hf import HuggingFaceTokenizer
 
-        tokenizer = HuggingFaceTokenizer(path, metadata, config)
+        tokenizer = HuggingFaceTokenizer(path, path.read_bytes(), metadata, config)
     elif path.suffix == ".bin":
         # The length of the longest piece, a small number, is the first of four bytes.
         if head[2:4] != b"\0\0":

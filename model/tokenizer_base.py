@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from config.errors import UserError
@@ -84,6 +85,8 @@ class Metadata:
     eos_ids: tuple[int, ...]
     added: Mapping[int, tuple[str, bool]]
     """Tokens by id, with whether they are special."""
+    strips: Mapping[int, tuple[bool, bool]]
+    """Of some of these, whether they swallow white space before and after them."""
     special_pieces: frozenset[str]
     no_config: bool
     """Neither config.json nor params.json is there: the model is one of llama2.c's."""
@@ -91,25 +94,41 @@ class Metadata:
 
 def read_metadata(directory: Path, config: ModelConfig) -> Metadata:
     """Reads tokenizer_config.json, special_tokens_map.json, added_tokens.json and generation_config.json, if there."""
-    file = directory / "tokenizer_config.json"
-    settings = {**_optional(directory / "special_tokens_map.json"), **_optional(file)}
+    settings = {**_optional(directory / "special_tokens_map.json"), **_optional(directory / "tokenizer_config.json")}
+    added = _optional(directory / "added_tokens.json")
+    for piece, number in added.items():
+        if not isinstance(number, int):
+            raise UserError(f"{directory / 'added_tokens.json'}: {piece!r} has {number!r} where its id should be")
+    no_config = not (directory / "config.json").exists() and not (directory / "params.json").exists()
+    generation = _optional(directory / "generation_config.json")
+    return metadata_of(settings, generation, config, directory / "tokenizer_config.json", added, no_config)
+
+
+def metadata_of(
+    settings: Mapping[str, Any],
+    generation: Mapping[str, Any],
+    config: ModelConfig,
+    where: Path,
+    added_by_piece: Mapping[str, int] = MappingProxyType({}),
+    no_config: bool = False,
+) -> Metadata:
+    """What the objects in a tokenizer_config.json, `where`, and a generation_config.json say, and in added_tokens.json.
+    """
     named = {
         key: content
         for key, value in settings.items()
         if key.endswith("_token") and isinstance(content := _content(value), str)
     }
-    added: dict[int, tuple[str, bool]] = {}
-    for piece, number in _optional(directory / "added_tokens.json").items():
-        if not isinstance(number, int):
-            raise UserError(f"{directory / 'added_tokens.json'}: {piece!r} has {number!r} where its id should be")
-        added[number] = (piece, True)
+    added = {number: (piece, True) for piece, number in added_by_piece.items()}
+    strips: dict[int, tuple[bool, bool]] = {}
     try:
         for i, token in settings.get("added_tokens_decoder", {}).items():
             added[int(i)] = (str(token["content"]), bool(token.get("special")))
+            strips[int(i)] = (token.get("lstrip") is True, token.get("rstrip") is True)
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise UserError(f'{file}: "added_tokens_decoder" is not a list of tokens by their ids') from None
+        raise UserError(f'{where}: "added_tokens_decoder" is not a list of tokens by their ids') from None
     extra = [*_as_list(settings.get("additional_special_tokens")), *_as_list(settings.get("extra_special_tokens"))]
-    eos = _as_list(_optional(directory / "generation_config.json").get("eos_token_id"))
+    eos = _as_list(generation.get("eos_token_id"))
     add_bos = settings.get("add_bos_token")
     return Metadata(
         named=named,
@@ -118,8 +137,9 @@ def read_metadata(directory: Path, config: ModelConfig) -> Metadata:
         legacy=settings.get("legacy") is True,
         eos_ids=tuple(i for i in eos if isinstance(i, int)) or config.eos_token_ids,
         added=added,
+        strips=strips,
         special_pieces=frozenset([*named.values(), *(piece for t in extra if isinstance(piece := _content(t), str))]),
-        no_config=not (directory / "config.json").exists() and not (directory / "params.json").exists(),
+        no_config=no_config,
     )
 
 

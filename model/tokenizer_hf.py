@@ -32,8 +32,8 @@ BYTE_CHARACTERS = _byte_characters()
 class HuggingFaceTokenizer(PieceTokenizer):
     """Encodes as `tokenizers` does. Text comes back as it was unless the file asks for it to be normalized."""
 
-    def __init__(self, path: Path, metadata: Metadata, config: ModelConfig) -> None:
-        data = path.read_bytes()
+    def __init__(self, path: Path, data: bytes, metadata: Metadata, config: ModelConfig) -> None:
+        """`data`: the tokenizer.json, which is at `path` or in what is there."""
         library = _library(path, data)
         self._decoder = _Decoder(path, library)
         added = library.get_added_tokens_decoder()

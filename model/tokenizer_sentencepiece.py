@@ -10,6 +10,7 @@ import re
 import secrets
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
 PIECE, SCORE, TYPE = 1, 2, 3
 MODEL_TYPE, SUFFIX, BYTE_FALLBACK, PAD_ID = 3, 24, 35, 43
 NORMALIZER_NAME, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES = 1, 3, 4
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of pieces
 BPE = 2  # a type of model
 
 # Without metadata, a symbol in brackets is special: <|user|>, <start_of_turn>, [INST]. Spaces, tabs and words are not.
@@ -100,6 +101,15 @@ class _Model:
         self.suffix = bool(flags.get((TRAINER_SPEC, SUFFIX), 0))
         self.dummy_prefix = bool(flags.get((NORMALIZER_SPEC, ADD_DUMMY_PREFIX), 1))
         self.strips_spaces = bool(flags.get((NORMALIZER_SPEC, REMOVE_EXTRA_WHITESPACES), 1))
+        self.is_bpe = flags.get((TRAINER_SPEC, MODEL_TYPE), 1) == BPE
+        specs = [(start, end) for number, start, end in _fields(data) if number == NORMALIZER_SPEC]
+        names = [data[at:to] for spec in specs for field, at, to in _fields(data, *spec) if field == NORMALIZER_NAME]
+        self.normalizer = names[0] if names else b""
+
+    def kind(self, token: int) -> int:
+        """The type of a piece."""
+        found = [self.data[at] for number, at, _ in _fields(self.data, *self._spans[token]) if number == TYPE]
+        return found[0] if found else NORMAL
 
     def make_control(self, token: int) -> bool:
         """Makes a user-defined symbol a control symbol; False when the piece is of another type."""
@@ -108,6 +118,20 @@ class _Model:
                 self.data[at] = CONTROL
                 return True
         return False
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How a model encodes, for programs that do it themselves."""
+
+    kind: str
+    """ "bpe" or "unigram"."""
+    normalizer: str
+    """ "identity" where texts are encoded as they are, or "other"."""
+    strips_spaces: bool
+    prefix: bool
+    """Whether a space is put before a text."""
+    unknown: int | None
 
 
 class SentencePieceTokenizer(PieceTokenizer):
@@ -127,12 +151,14 @@ class SentencePieceTokenizer(PieceTokenizer):
         except UnicodeDecodeError as error:
             raise UserError(f"{source}: holds a piece that is not UTF-8 ({error}); get it again") from None
         candidates = [i for i, piece in enumerate(self._pieces) if _may_be_special(i, piece, metadata)]
-        specials = {self._pieces[i]: Special(i) for i in candidates if model.make_control(i)}
-        specials |= {self._pieces[i]: Special(i) for i in range(count) if processor.is_control(i)}
+        controls = [i for i in candidates if model.make_control(i)]
+        controls += [i for i in range(count) if processor.is_control(i)]
+        specials = {self._pieces[i]: Special(i, *metadata.strips.get(i, ())) for i in controls}
         # Tokens that Transformers keeps beside the model, after its own.
         beyond = {piece: i for i, (piece, _) in metadata.added.items() if i >= count}
-        specials |= {piece: Special(i) for piece, i in beyond.items()}
+        specials |= {piece: Special(i, *metadata.strips.get(i, ())) for piece, i in beyond.items()}
 
+        self._model, self._count = model, count
         self._separator, self._separator_id = f"\U000f0000{secrets.token_hex(16)}\U000f0000", count
         model.data += _field(PIECES, _piece(self._separator, 0.0, USER_DEFINED))
         self._processor = _processor(source, bytes(model.data))
@@ -158,6 +184,25 @@ class SentencePieceTokenizer(PieceTokenizer):
             # llama2.c's models begin the next story where one ends.
             bos_ends=metadata.no_config,
         )
+
+    def facts(self) -> Facts:
+        """How it encodes."""
+        model = self._model
+        normalizer = "identity" if model.normalizer in (b"", b"identity") else "other"
+        unknown = self._unknown if self._unknown >= 0 else None
+        return Facts("bpe" if model.is_bpe else "unigram", normalizer, model.strips_spaces, model.dummy_prefix, unknown)
+
+    def pieces(self) -> Iterator[tuple[str, float, bytes]]:
+        """Of each id its kind (n: normal, c: control, b: a byte, u: unknown, x: unused, d: user-defined), its score,
+        and the bytes that it stands for.
+        """
+        letters = {UNKNOWN: "u", CONTROL: "c", USER_DEFINED: "d", BYTE: "b", UNUSED: "x"}
+        for token in range(self.vocab_size):
+            if token >= self._count or token in self._special_ids:
+                yield "c", 0.0, b""
+            else:
+                kind = letters.get(self._model.kind(token), "n")
+                yield kind, self._processor.get_score(token), self._bytes(token)
 
     def _encode(self, parts: Sequence[str | int]) -> list[int]:
         if self._prefix_each and len(parts) > 1:
@@ -226,10 +271,27 @@ def load_llama2c(path: Path, metadata: Metadata, config: ModelConfig) -> Sentenc
         count += 1
     if count < 259:
         raise UserError(f"{path}: holds {count} tokens; a tokenizer of llama2.c's has 259 or more")
-    out += _field(TRAINER_SPEC, _field(MODEL_TYPE, BPE) + _field(BYTE_FALLBACK, 1) + _field(PAD_ID, -1))
-    normalizer = _field(NORMALIZER_NAME, b"identity") + _field(REMOVE_EXTRA_WHITESPACES, 0)
-    out += _field(NORMALIZER_SPEC, normalizer + _field(ADD_DUMMY_PREFIX, 1))
+    out += _specs(dummy_prefix=True, removes_spaces=False, byte_fallback=True)
     return SentencePieceTokenizer(path, bytes(out), metadata, config)
+
+
+def model_file(
+    pieces: Sequence[tuple[str, float, int]], *, dummy_prefix: bool, removes_spaces: bool
+) -> bytes:
+    """A `tokenizer.model` that merges by scores, of pieces with their scores and types in the order of their ids."""
+    bytes_known = sum(kind == BYTE for _, _, kind in pieces) == 256
+    out = bytearray()
+    for text, score, kind in pieces:
+        out += _field(PIECES, _piece(text, score, kind))
+    return bytes(out) + _specs(dummy_prefix, removes_spaces, bytes_known)
+
+
+def _specs(dummy_prefix: bool, removes_spaces: bool, byte_fallback: bool) -> bytes:
+    trainer = _field(MODEL_TYPE, BPE) + _field(BYTE_FALLBACK, byte_fallback) + _field(PAD_ID, -1)
+    normalizer = _field(NORMALIZER_NAME, b"identity") + _field(REMOVE_EXTRA_WHITESPACES, removes_spaces)
+    return _field(TRAINER_SPEC, trainer) + _field(
+        NORMALIZER_SPEC, normalizer + _field(ADD_DUMMY_PREFIX, dummy_prefix)
+    )
 
 
 def _llama2c_piece(token: int, text: str, score: float) -> bytes:

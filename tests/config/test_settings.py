@@ -35,6 +35,15 @@ from config.settings import BuildSettings, SamplingParams, Setting, shorten
         ("stop", ("x" * 5000,)),
         ("stop", tuple("x" * 65)),
         ("stop", (7,)),
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("frequency_penalty", math.nan),
+        ("min_new_tokens", -1),
+        ("top_logprobs", 21),
+        ("top_logprobs", True),
+        ("logit_bias", ((5, 101.0),)),
+        ("logit_bias", tuple((token, 1.0) for token in range(1025))),
+        ("stop_token_ids", tuple(range(65))),
     ],
 )
 def test_sampling_refuses_by_name_on_one_line(field, bad):

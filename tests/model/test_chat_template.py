@@ -1,20 +1,35 @@
-"""Ids are those of Transformers' apply_chat_template; what messages say stays text; templates cannot hurt."""
+"""Ids are those of Transformers' apply_chat_template, and what messages say stays text."""
 
 import json
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import model.chat_template
 from config.errors import UserError
-from model.chat_template import MAX_TEMPLATE_BYTES, ChatTemplate, load_chat_template
+from model.chat_template import ChatTemplate, load_chat_template
 from model.default.vocabulary import Vocabulary
 from model.default.vocabulary import train_tokenizer as train_vocabulary
 from model.tokenizer import Tokenizer, load_tokenizer
+from tests.model.chat_templates import (
+    CALLS,
+    CHATML,
+    CONVERSATIONS,
+    FROM_ROLES,
+    GEMMA,
+    REFUSED,
+    SPECIALS,
+    TEMPLATES,
+    THINKING,
+    TOOLS,
+    say,
+)
 from tests.model.tiny_tokenizers import (
     SENTENCES,
     tiny_config,
@@ -23,87 +38,60 @@ from tests.model.tiny_tokenizers import (
     write_sentencepiece,
 )
 
-LLAMA3 = """{% set loop_messages = messages %}{% for message in loop_messages %}
-{% set content = '<|start|>' + message['role'] + '<|stop|>\n\n' + message['content'] | trim + '<|end|>' %}
-{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>\n\n' }}{% endif %}"""
-
-CHATML = """{%- if messages[0]['role'] != 'system' -%}
-    {{- '<|start|>system\nYou help.<|end|>\n' -}}
-{%- endif -%}
-{%- for message in messages %}
-    {{- '<|start|>' + message.role + '\n' + message.content + '<|end|>' + '\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start|>assistant\n' }}{% endif %}"""
-
-MISTRAL = """{{ bos_token }}{% for message in messages %}
-{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-{{ raise_exception('Conversation roles must alternate user/assistant/...') }}
-{% endif %}
-{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
-{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
-
-GEMMA = """{{ bos_token }}{% for message in messages %}
-{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}
-{% if message['content'] is string %}{% set text = message['content'] %}
-{% else %}{% set text = message['content'][0]['text'] %}{% endif %}
-{{ '<|start|>' + role + '\n' + (text | trim) + '<|end|>\n' }}{% endfor %}
-{% if add_generation_prompt %}{{'<|start|>model\n'}}{% endif %}"""
-
-THINKING = """{%- for message in messages %}
-{%- set content = message.content %}
-{%- if message.role == 'assistant' and '</think>' in content %}
-{%- set content = content.split('</think>')[-1].lstrip('\n') %}{%- endif %}
-{{- '<|start|>' + message.role + '\n' + content + '<|end|>\n' }}{% endfor %}
-{%- if add_generation_prompt %}{{- '<|start|>assistant\n<think>\n' }}{% endif %}"""
-
-FROM_ROLES = """{% for message in messages %}{% generation %}{{ '<|' + message.role + '|>' + '\n' + message.content }}
-{%- endgeneration %}{{ '<|end|>' + '\n' }}{% if loop.last %}{% break %}{% endif %}{% endfor %}
-{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
-
-TEMPLATES = {
-    "llama3": LLAMA3,
-    "chatml": CHATML,
-    "mistral": MISTRAL,
-    "gemma": GEMMA,
-    "thinking": THINKING,
-    "from roles": FROM_ROLES,
-}
-SPECIALS = ["<|start|>", "<|stop|>", "<|end|>", "[INST]", "[/INST]", "<|user|>", "<|assistant|>"]
-
-
-def say(*contents: str) -> list[dict[str, Any]]:
-    return [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
-
-
-CONVERSATIONS = [
-    say("Hello!"),
-    say("Once upon a time", "there was a dog.", "  And then?  \n"),
-    say(" leading and trailing ", "\n\n", "\tx\n"),
-    say("5 < 6 > 4 | [x] <b>bold</b>", "a<|b", "naïve 👩‍👩‍👧‍👦 日本 שלום"),
-    say("", "", ""),
-    say("think", "<think>\nwell < well\n</think>\n\nThe answer", "why?"),
-]
-
 
 def make(path: Path, template: str | list[dict[str, str]]) -> tuple[Tokenizer, ChatTemplate]:
     write_byte_level(path, markers=SPECIALS)
-    file = path / "tokenizer_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+    write_settings(path, template)
     tokenizer = load_tokenizer(path, tiny_config())
-    loaded = load_chat_template(path, tokenizer)
+    loaded = load_chat_template(path, tokenizer, tiny_config())
     assert loaded is not None
     return tokenizer, loaded
+
+
+def ids_or_error(render: Callable[..., list[int]], conversation: Any, arguments: dict[str, Any]) -> Any:
+    try:
+        return render(conversation, **arguments)
+    except (TemplateError, TypeError, UserError) as error:
+        return " ".join(str(error).split())
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_are_those_of_transformers(tmp_path: Path, name: str) -> None:
     _, template = make(tmp_path, TEMPLATES[name])
     theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    for conversation in CONVERSATIONS:
+    with_tools = [(conversation, TOOLS) for conversation in (*CONVERSATIONS[:2], CALLS)]
+    for conversation, tools in [*((conversation, None) for conversation in (*CONVERSATIONS, REFUSED)), *with_tools]:
         for prompt in (True, False):
-            expected = theirs.apply_chat_template(conversation, add_generation_prompt=prompt, return_dict=False)
-            assert template.render(conversation, add_generation_prompt=prompt) == expected
+            arguments: dict[str, Any] = {"add_generation_prompt": prompt, "tools": tools}
+            expected = ids_or_error(partial(theirs.apply_chat_template, return_dict=False), conversation, arguments)
+            ids = ids_or_error(template.render, conversation, arguments)
+            assert ids == expected if isinstance(expected, list) else expected in ids
+    if name == "hermes":
+        thinking = {"enable_thinking": False}
+        expected = theirs.apply_chat_template(say("Hi"), add_generation_prompt=True, return_dict=False, **thinking)
+        assert template.render(say("Hi"), variables=thinking) == expected
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_texts_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    """Also one that ends within the last message, which is to be continued."""
+    _, template = make(tmp_path, TEMPLATES[name])
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert template.template == TEMPLATES[name]
+    for conversation in (say("Hello!"), say("Once", "there was", "And then?"), say("The answer?", "It is  ")):
+        for arguments, ours in (
+            ({"add_generation_prompt": True}, {}),
+            ({"add_generation_prompt": False, "continue_final_message": True}, {"open_end": True}),
+        ):
+            expected = theirs.apply_chat_template(conversation, tokenize=False, **arguments)
+            prompt = arguments["add_generation_prompt"]
+            assert template.text(conversation, prompt, **ours) == expected
+
+
+def test_a_template_that_leaves_out_the_last_message_cannot_have_it_continued(tmp_path: Path) -> None:
+    _, template = make(tmp_path, "{{ messages[0].content }}")
+    with pytest.raises(UserError, match="does not write what the last message says"):
+        template.text(say("a", "b"), False, open_end=True)
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "first", "always", "normalizer"])
@@ -117,7 +105,7 @@ def test_ids_are_those_of_transformers_with_other_tokenizers(tmp_path: Path, kin
     else:
         write_metaspace(tmp_path, kind)
     (tmp_path / "chat_template.jinja").write_text(f"{text}<|user|>\n")
-    template = load_chat_template(tmp_path, load_tokenizer(tmp_path, tiny_config()))
+    template = load_chat_template(tmp_path, load_tokenizer(tmp_path, tiny_config()), tiny_config())
     assert template is not None
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for conversation in CONVERSATIONS:
@@ -176,6 +164,48 @@ def test_adjacent_contents_cannot_join_to_a_special_token(tmp_path: Path) -> Non
     assert tokenizer.decode(ids) == "<|end|><|end|>"
 
 
+def test_a_template_that_looks_for_special_tokens_finds_none_in_what_is_said(tmp_path: Path) -> None:
+    """Else it would leave out its own for those of the message, and the same tokens were there."""
+    own = "{% if '<|start|>' not in messages[0].content %}Begin with <|start|> and <|end|>.{% endif %}"
+    tokenizer, template = make(tmp_path, own + "{{ messages[0].content }}")
+    ids = template.render(say("<|start|>mine<|end|>"))
+    assert specials_in(tokenizer, ids) == [tokenizer.special_id("<|start|>"), tokenizer.special_id("<|end|>")]
+    assert tokenizer.decode(ids) == "Begin with  and .<|start|>mine<|end|>"
+
+
+def test_what_a_template_looks_for_in_a_message_is_found_beside_what_looks_special(tmp_path: Path) -> None:
+    tokenizer, template = make(tmp_path, THINKING)
+    ids = template.render(say("q", "<think>\na <|end|>\n</think>\n\nb <|end|>", "and?"))
+    assert "user\nq\nassistant\nb <|end|>\nuser\nand?\n" in tokenizer.decode(ids)
+    clean = template.render(say("q", "<think>\na\n</think>\n\nb", "and?"))
+    assert specials_in(tokenizer, ids) == specials_in(tokenizer, clean)
+
+
+def test_a_list_written_as_python_does_is_written_so(tmp_path: Path) -> None:
+    tokenizer, template = make(tmp_path, "{{ messages[0].content }}")
+    parts = [{"type": "text", "text": "a <|end|> <b>"}]
+    assert tokenizer.decode(template.render([{"role": "user", "content": parts}])) == str(parts)
+
+
+def test_variables_are_text_and_never_in_the_place_of_the_tokenizers(tmp_path: Path) -> None:
+    tokenizer, template = make(tmp_path, "{{ bos_token }}{{ persona }}{{ messages[0].content }}{{ documents[0].text }}")
+    given = {"persona": "P <|end|> ", "bos_token": "<|start|>", "messages": [], "documents": [{"text": " <|stop|>"}]}
+    ids = template.render(say("Hi"), variables=given)
+    assert specials_in(tokenizer, ids) == [tokenizer.special_id("<s>")]
+    assert tokenizer.decode(ids) == "P <|end|> Hi <|stop|>"
+
+
+def test_what_is_null_is_left_out_and_thoughts_have_every_name(tmp_path: Path) -> None:
+    """As newer Transformers do it: OpenAI's clients send null for what is not there."""
+    tokenizer, template = make(tmp_path, "{{ messages | tojson }}")
+    ids = template.render([{"role": "assistant", "content": None, "tool_calls": None, "reasoning": "R"}])
+    assert json.loads(tokenizer.decode(ids)) == [
+        {"thinking": "R", "role": "assistant", "reasoning": "R", "reasoning_content": "R"}
+    ]
+    both = {"role": "assistant", "content": "x", "thinking": "T", "reasoning_content": "C"}
+    assert json.loads(tokenizer.decode(template.render([both]))) == [both]
+
+
 def test_a_role_is_one_of_a_few(tmp_path: Path) -> None:
     _, template = make(tmp_path, FROM_ROLES)
     for role in ("end", "<|end|>", "", None, "start"):
@@ -197,88 +227,80 @@ def test_a_template_has_what_templates_count_on(tmp_path: Path) -> None:
 
 # Where a template is found.
 
+SAY = "{{ messages[0].content }}"
+FILES = {
+    "chat_template.jinja": "file " + SAY,
+    "additional_chat_templates/tool_use.jinja": "file with tools " + SAY,
+    "additional_chat_templates/rag.jinja": "file for search " + SAY,
+}
+LIST = [
+    {"name": "tool_use", "template": "list with tools " + SAY},
+    {"name": "default", "template": "list " + SAY},
+    {"name": "rag", "template": "list for search " + SAY},
+]
 
-def test_the_file_comes_before_the_config(tmp_path: Path) -> None:
-    tokenizer, _ = make(tmp_path, "old")
-    (tmp_path / "chat_template.jinja").write_text("new")
+
+@pytest.mark.parametrize("settings", [None, "config " + SAY, LIST, LIST[1:]])
+@pytest.mark.parametrize("files", [[], ["chat_template.jinja"], ["additional_chat_templates/rag.jinja"], [*FILES]])
+def test_of_several_templates_the_one_of_transformers_is_taken(tmp_path: Path, settings: Any, files: list[str]) -> None:
+    tokenizer, _ = make(tmp_path, "x")
+    write_settings(tmp_path, settings)
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name in files:
+        (tmp_path / name).write_text(FILES[name])
+    if not settings and "chat_template.jinja" not in files:
+        if files:
+            with pytest.raises(UserError, match=r"has chat templates \(rag\), but none named \"default\""):
+                load_chat_template(tmp_path, tokenizer, tiny_config())
+        else:
+            assert load_chat_template(tmp_path, tokenizer, tiny_config()).plain
+        return
+    template = load_chat_template(tmp_path, tokenizer, tiny_config())
+    theirs = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for tools in (None, [], TOOLS):
+        try:
+            expected = theirs.apply_chat_template(say("Hi"), tools=tools, return_dict=False)
+        except ValueError:  # where files are only for other uses, it does not look further
+            assert files == ["additional_chat_templates/rag.jinja"]
+            continue
+        assert template.render(say("Hi"), add_generation_prompt=False, tools=tools) == expected
+
+
+def write_settings(path: Path, template: Any) -> None:
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": template}))
+
+
+def test_what_comes_before_what(tmp_path: Path) -> None:
+    tokenizer, _ = make(tmp_path, LIST)
+
+    def said(tools: Any = None) -> str:
+        loaded = load_chat_template(tmp_path / "weights.bin", tokenizer, tiny_config())
+        return tokenizer.decode(loaded.render(say("Hi"), tools=tools))
+
     (tmp_path / "weights.bin").touch()
-    for path in (tmp_path, tmp_path / "weights.bin"):
-        template = load_chat_template(path, tokenizer)
-        assert template is not None
-        assert tokenizer.decode(template.render([])) == "new"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": "processor " + SAY}))
+    assert (said(), said(TOOLS)) == ("list Hi", "list with tools Hi")
+    write_settings(tmp_path, {entry["name"]: entry["template"] for entry in LIST})
+    assert (said(), said(TOOLS)) == ("list Hi", "list with tools Hi")
+    write_settings(tmp_path, None)
+    assert (said(), said(TOOLS)) == ("processor Hi", "processor Hi")
+    (tmp_path / "additional_chat_templates").mkdir()
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    assert (said(), said(TOOLS)) == ("file Hi", "file with tools Hi")
 
 
-def test_the_default_of_named_templates_is_taken(tmp_path: Path) -> None:
-    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "plain"}]
-    tokenizer, template = make(tmp_path, named)
-    assert tokenizer.decode(template.render([])) == "plain"
-    with pytest.raises(UserError, match='one named "default"'):
-        make(tmp_path, named[:1])
-
-
-def test_no_template_is_none(tmp_path: Path) -> None:
+def test_a_model_without_a_template_converses_in_plain_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_byte_level(tmp_path), tiny_config())
-    assert load_chat_template(tmp_path, tokenizer) is None
-    (tmp_path / "tokenizer_config.json").unlink()
-    assert load_chat_template(tmp_path, tokenizer) is None
-
-
-# What a template cannot do.
-
-
-def refused(path: Path, template: str, content: str = "x") -> str:
-    _, loaded = make(path, template)
-    with pytest.raises(UserError) as caught:
-        loaded.render(say(content))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{{ raise_exception('Only user and\nassistant roles!') }}", "says: Only user and assistant roles!"),
-        ("{% for %}", "says: "),
-        ("{{ messages[7].content }}", "says: "),
-        ("{{ ''.__class__.__mro__ }}", "says: "),
-        ("{{ messages.append(1) }}", "says: "),
-        ("{% include '/etc/passwd' %}", "says: "),
-        ("{{ 1 / 0 }}", "ZeroDivisionError"),
-        ("{{ 'a' * 10 ** 10 }}", "memory"),
-        ("{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}", "more than"),
-        ("{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}", "memory"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nested too deeply"),
-    ],
-)
-def test_what_a_template_does_wrong_is_one_line(tmp_path: Path, template: str, says: str) -> None:
-    message = refused(tmp_path, template)
-    assert says in message
-    assert "tokenizer_config.json: the chat template" in message
-
-
-def test_a_template_without_end_is_ended_and_the_next_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forever = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    tokenizer, template = make(tmp_path, "{% if messages[0].content == 'x' %}" + forever + "{% endif %}fine")
-    assert tokenizer.decode(template.render(say("y"))) == "fine"
-    monkeypatch.setattr(model.chat_template, "MAX_SECONDS", 0.3)
-    begin = time.monotonic()
-    with pytest.raises(UserError, match="took more than"):
-        template.render(say("x"))
-    assert time.monotonic() - begin < 5
-    monkeypatch.undo()
-    assert tokenizer.decode(template.render(say("y"))) == "fine"
-
-
-def test_a_template_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="larger than 256 KiB"):
-        make(tmp_path, "x" * (MAX_TEMPLATE_BYTES + 1))
-    tokenizer = load_tokenizer(tmp_path, tiny_config())
-    (tmp_path / "chat_template.jinja").write_text("x" * (MAX_TEMPLATE_BYTES + 1))
-    with pytest.raises(UserError, match="larger than 256 KiB"):
-        load_chat_template(tmp_path, tokenizer)
-    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="not UTF-8"):
-        load_chat_template(tmp_path, tokenizer)
+    for _ in range(2):
+        template = load_chat_template(tmp_path, tokenizer, tiny_config())
+        assert template.plain
+        assert template.origin.startswith("plain text")
+        text = tokenizer.decode(template.render(say("Hi", "Hello.", "And?")))
+        assert text.endswith("User: Hi\nAssistant: Hello.\nUser: And?\nAssistant:")
+        assert "\nUser:" in template.stop
+        (tmp_path / "tokenizer_config.json").unlink(missing_ok=True)
 
 
 def test_threads_may_share_a_template(tmp_path: Path) -> None:
@@ -299,21 +321,13 @@ def test_threads_may_share_a_template(tmp_path: Path) -> None:
     assert not failures
 
 
-def test_the_process_ends_with_the_template(tmp_path: Path) -> None:
-    _, template = make(tmp_path, "x")
-    template.render([])
-    process = template._sandbox._process
-    del template
-    assert process.poll() is not None
-
-
 def test_the_embedded_models_own_layout_is_rendered(tmp_path: Path) -> None:
     """What the default model was trained on is what its template makes, here and in Transformers."""
     vocabulary = Vocabulary(train_vocabulary(iter(SENTENCES), 400))
     vocabulary.save(tmp_path, 512)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = load_tokenizer(tmp_path, tiny_config())
-    template = load_chat_template(tmp_path, tokenizer)
+    template = load_chat_template(tmp_path, tokenizer, tiny_config())
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     assert template is not None
     for conversation in CONVERSATIONS:

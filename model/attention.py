@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model import kernels
+from model import kernels, portable
 from model.ops import register_op
 from model.rope import rotate
-from model.tracing import is_capturing, is_tracing
+from model.tracing import is_portable, is_tracing
 
 Attend = Callable[..., Tensor]
 
@@ -49,22 +49,24 @@ def attend(
     `window` last positions, itself included. softcap: scores become tanh(s / softcap) * softcap.
     """
     start_B, slots_B, context = rows.start_B, rows.slots_B, rows.context
-    if q_BTNH.shape[1] == 1 and is_capturing() and kernels.usable(q_BTNH):
-        q_BNH = kernels.rotate_and_store(q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, rotation)
-        return kernels.flash_decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
+    decoding = q_BTNH.shape[1] == 1 and not isinstance(context, Tensor)
+    if decoding and kernels.usable(q_BTNH):
+        # Under the compiler too: it writes into the cache that it is given, and copies none of it.
+        flash: Attend = kernels.flash_decode_op if is_tracing() else kernels.flash_decode
+        cos, sin = rotation if rotation is not None else (None, None)
+        return flash(q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, cos, sin, scale, window, softcap)
     if rotation is not None:
         q_BTNH, k_BTKH = rotate(q_BTNH, *rotation), rotate(k_BTKH, *rotation)
+    if is_portable():
+        return portable.attend(q_BTNH, k_BTKH, v_BTKH, keys, values, rows, scale, window, softcap)
     positions_BT = start_B[:, None] + torch.arange(q_BTNH.shape[1], device=start_B.device)
     keys[slots_B[:, None], :, positions_BT] = k_BTKH
     values[slots_B[:, None], :, positions_BT] = v_BTKH
-    q_BNH = q_BTNH[:, 0]
-    if isinstance(context, Tensor) or q_BTNH.shape[1] > 1:
+    if not decoding:
         prefill: Attend = _prefill_op if is_tracing() else prefill_attention
         return prefill(q_BTNH, k_BTKH, v_BTKH, keys, values, start_B, slots_B, context, scale, window, softcap)
     decode: Attend = _decode_op if is_tracing() else decode_attention
-    if kernels.usable(q_BNH):
-        decode = kernels.flash_decode_op if is_tracing() else kernels.flash_decode
-    return decode(q_BNH, keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
+    return decode(q_BTNH[:, 0], keys, values, start_B, slots_B, scale, window, softcap).unsqueeze(1)
 
 
 def prefill_attention(

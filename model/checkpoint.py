@@ -14,13 +14,16 @@ from typing import Any, Literal
 from config.errors import UserError
 from model.config import read_llama2c_header
 
-Format = Literal["safetensors", "torch", "meta", "llama2c"]
+Format = Literal["safetensors", "torch", "meta", "llama2c", "gguf"]
 
 SAFETENSORS, SAFETENSORS_INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
 MAX_INDEX_BYTES = 64 << 20
+MAX_PARTS = 1000
 ZIP_MAGIC = b"PK\x03\x04"
+GGUF_MAGIC = b"GGUF"
+GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 GIT_LFS = b"version https://git-lfs"
 LLAMA2C_VERSIONED = b"24ka"  # 0x616B3432, little-endian: llama2.c's later, versioned exports
 LLAMA2C_ARGUMENTS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "max_seq_len")
@@ -41,11 +44,44 @@ def find_checkpoint(path: Path) -> CheckpointFiles:
 
     Raises UserError when there is nothing, a file that an index names is missing, or a file is something else.
     """
+    if (gguf := find_gguf(path)) is not None:
+        return CheckpointFiles("gguf", (gguf,))
     if path.is_dir():
         return _in_directory(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or directory")
     return CheckpointFiles(_format_of_file(path), (path,))
+
+
+def find_gguf(path: Path) -> Path | None:
+    """The GGUF file that is the model at `path`, by its name: that file, or the only one in a directory without other
+    weights. Of a model in parts it is the first. It says all of the model, whatever else lies there.
+
+    Raises UserError for a directory with several.
+    """
+    if not path.is_dir():
+        return gguf_parts(path)[0] if path.suffix == ".gguf" and path.exists() else None
+    names = [file.name for file in path.iterdir()]
+    # Beside a model that also sees there is a part of its own for pictures.
+    files = {gguf_parts(path / name)[0] for name in names if name.endswith(".gguf") and "mmproj" not in name}
+    if not files or any(name.endswith((".safetensors", ".pth", ".pt")) or _is_torch_bin(name) for name in names):
+        return None
+    if len(files) > 1:
+        listed = ", ".join(sorted(file.name for file in files))
+        raise UserError(f"{path}: several GGUF files are here ({listed}); name the one that you mean")
+    return files.pop()
+
+
+def gguf_parts(path: Path) -> tuple[Path, ...]:
+    """All files of the model of which `path` is one: itself, or NAME-00001-of-00003.gguf and those after it."""
+    part = GGUF_PART.fullmatch(path.name)
+    if part is None or not 1 <= int(part[2]) <= int(part[3]) <= MAX_PARTS:
+        return (path,)
+    return tuple(path.with_name(f"{part[1]}-{i:05d}-of-{part[3]}.gguf") for i in range(1, int(part[3]) + 1))
+
+
+def _is_torch_bin(name: str) -> bool:
+    return name.endswith(".bin") and name != "tokenizer.bin"
 
 
 def _in_directory(path: Path) -> CheckpointFiles:
@@ -56,14 +92,14 @@ def _in_directory(path: Path) -> CheckpointFiles:
             return _indexed(path / index, kind)
     if shards := sorted(path.glob("consolidated.*.pth")):
         return CheckpointFiles("meta", _all_shards(shards))
-    if candidates := sorted(p for p in path.iterdir() if p.suffix in (".bin", ".pt") and p.name != "tokenizer.bin"):
+    if candidates := sorted(p for p in path.iterdir() if p.suffix == ".pt" or _is_torch_bin(p.name)):
         if len(candidates) > 1:
             names = ", ".join(p.name for p in candidates)
             raise UserError(f"{path}: several files could be the weights ({names}); name the one that you mean")
         return CheckpointFiles(_format_of_file(candidates[0]), (candidates[0],))
     raise UserError(
-        f"{path}: no weights here; looked for {SAFETENSORS}, {TORCH} (or their index), consolidated.*.pth "
-        "and llama2.c's *.bin or *.pt"
+        f"{path}: no weights here; looked for {SAFETENSORS}, {TORCH} (or their index), consolidated.*.pth, "
+        "llama2.c's *.bin or *.pt, and *.gguf"
     )
 
 
@@ -104,12 +140,14 @@ def _format_of_file(path: Path) -> Format:
     head = first_bytes(path)
     if head.startswith(ZIP_MAGIC):
         return "torch"
+    if head.startswith(GGUF_MAGIC):
+        raise UserError(f"{path}: is a GGUF file; give it a name that ends in .gguf")
     if path.suffix == ".bin":
         llama2c_layout(path)
         return "llama2c"
     if path.suffix == ".safetensors":
         return _expect(path, "safetensors")
-    raise wrong_file(path, "weights in a format that is known here (safetensors, PyTorch, llama2.c)")
+    raise wrong_file(path, "weights in a format that is known here (safetensors, PyTorch, llama2.c, GGUF)")
 
 
 def _expect(path: Path, kind: str) -> Format:

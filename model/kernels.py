@@ -85,7 +85,7 @@ def gemv(
     return out
 
 
-def rotate_and_store(
+def flash_decode(
     q_B1NH: Tensor,
     k_B1KH: Tensor,
     v_B1KH: Tensor,
@@ -93,51 +93,35 @@ def rotate_and_store(
     values: Tensor,
     start_B: Tensor,
     slots_B: Tensor,
-    rotation: tuple[Tensor, Tensor] | None,
-) -> Tensor:
-    """Of one new token a row: the rotated queries [B, N, H]; its rotated keys and its values go into the cache. What
-    `model.rope.rotate` and an assignment do, in one launch. Arguments as in `model.attention`.
-    """
-    B, _, N, H = q_B1NH.shape
-    K = k_B1KH.shape[2]
-    assert all(t.stride()[2:] == (H, 1) for t in (q_B1NH, k_B1KH, v_B1KH))
-    out = torch.empty(B, N, H, dtype=q_B1NH.dtype, device=q_B1NH.device)
-    cos, sin = rotation if rotation is not None else (None, None)
-    overlap = overlaps(q_B1NH)
-    extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
-    triton_kernels.rotate_and_store_kernel[(B, N + 2 * K)](
-        q_B1NH, k_B1KH, v_B1KH, cos, sin, out, keys, values, start_B, slots_B, q_B1NH.stride(0), k_B1KH.stride(0),
-        v_B1KH.stride(0), keys.shape[2], N=N, K=K, H=H, HALF=0 if cos is None else cos.shape[-1],
-        BLOCK_H=next_power_of_2(H), OVERLAP=overlap, num_warps=1, **extra,
-    )  # fmt: skip
-    return out
-
-
-def flash_decode(
-    q_BNH: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    start_B: Tensor,
-    slots_B: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Attention of one new token a row over the filled cache (Flash-Decoding: the context is split among the
-    multiprocessors, and the parts are joined by their softmax statistics). Arguments as in `model.attention`.
+    """`model.attention.attend` of one new token a row; [B, 1, N, H]. Rotates queries and keys, writes keys and values
+    into the cache and attends to what is filled of it (Flash-Decoding: the context is split among the multiprocessors,
+    and the parts are joined by their softmax statistics).
+
+    Three launches. In one, where the last program to end joins the parts, most contexts took longer on an H200: an
+    atomic counter and what it orders cost more than the end of a kernel whose successor was launched already.
     """
-    q_BNH = q_BNH.contiguous()
-    B, N, H = q_BNH.shape
+    q_B1NH, k_B1KH, v_B1KH = (_heads_side_by_side(x) for x in (q_B1NH, k_B1KH, v_B1KH))
+    B, _, N, H = q_B1NH.shape
     _, K, S, _ = keys.shape
-    # One program a multiprocessor: more parts would cost more to join than they win.
-    share = max(1, _multiprocessors(q_BNH.device.index or 0) // (B * K))
-    splits = min(64, 1 << (share.bit_length() - 1))
+    splits = decode_splits(q_B1NH.device.index or 0, B * K)
     block_h = max(16, next_power_of_2(H))
-    parts = torch.empty(B * N, splits, H, dtype=torch.float32, device=q_BNH.device)
-    stats = torch.empty(B * N, splits, 2, dtype=torch.float32, device=q_BNH.device)
-    out = torch.empty_like(q_BNH)
-    overlap = overlaps(q_BNH)
+    q_BNH = torch.empty(B, N, H, dtype=q_B1NH.dtype, device=q_B1NH.device)
+    parts = torch.empty(B * N, splits, H, dtype=torch.float32, device=q_B1NH.device)
+    stats = torch.empty(B * N, splits, 2, dtype=torch.float32, device=q_B1NH.device)
+    out = torch.empty(B, 1, N, H, dtype=q_B1NH.dtype, device=q_B1NH.device)
+    overlap = overlaps(q_B1NH)
     extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    triton_kernels.rotate_and_store_kernel[(B, N + 2 * K)](
+        q_B1NH, k_B1KH, v_B1KH, cos, sin, q_BNH, keys, values, start_B, slots_B, q_B1NH.stride(0), k_B1KH.stride(0),
+        v_B1KH.stride(0), S, N=N, K=K, H=H, HALF=0 if cos is None else cos.shape[-1],
+        BLOCK_H=next_power_of_2(H), OVERLAP=overlap, num_warps=1, **extra,
+    )  # fmt: skip
     triton_kernels.attend_part_kernel[(B, K, splits)](
         q_BNH, keys, values, start_B, slots_B, parts, stats, scale, window or 0, softcap or 0.0, S,
         K_HEADS=K, G=N // K, H=H, BLOCK_G=max(16, next_power_of_2(N // K)), BLOCK_H=block_h, BLOCK_S=32,
@@ -149,15 +133,28 @@ def flash_decode(
     return out
 
 
+def decode_splits(device: int, programs: int) -> int:
+    """Into how many parts the context is split, for each of `programs` pairs of a row and a head of keys."""
+    # One program a multiprocessor: more parts would cost more to join than they win.
+    share = max(1, _multiprocessors(device) // programs)
+    return min(64, 1 << (share.bit_length() - 1))
+
+
+def _heads_side_by_side(x_B1NH: Tensor) -> Tensor:
+    """The same, its rows apart by any stride but each of them one piece."""
+    one_piece = x_B1NH.stride(3) == 1 and (x_B1NH.shape[2] == 1 or x_B1NH.stride(2) == x_B1NH.shape[3])
+    return x_B1NH if one_piece else x_B1NH.contiguous()
+
+
 def _gemv_shape(
     x: Tensor, weight: Tensor, norm: object, bias: object, residual: object, gate: str | None, *_: object
 ) -> Tensor:
     return x.new_empty(weight.shape[0] if gate is None else weight.shape[0] // 2)
 
 
-def _flash_decode_shape(q_BNH: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(q_BNH, memory_format=torch.contiguous_format)
+def _flash_decode_shape(q_B1NH: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(q_B1NH, memory_format=torch.contiguous_format)
 
 
 gemv_op = register_op("gemv", gemv, _gemv_shape, "CUDA")
-flash_decode_op = register_op("flash_decode", flash_decode, _flash_decode_shape, "CUDA")
+flash_decode_op = register_op("flash_decode", flash_decode, _flash_decode_shape, "CUDA", mutates=("keys", "values"))

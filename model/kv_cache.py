@@ -41,6 +41,11 @@ class KVCache:
         ]
         return cls(keys, values, frequencies, max_seq_len)
 
+    def copy(self, source: int, target: int, length: int, first: int = 0) -> None:
+        """Slot `target` begins with the first `length` positions of slot `source`, of which it has `first` already."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, first:length] = tensor[source, :, first:length]
+
     @property
     def num_slots(self) -> int:
         return self.keys[0].shape[0]

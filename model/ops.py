@@ -10,13 +10,17 @@ _library = torch.library.Library("torchchat", "FRAGMENT")  # type: ignore[no-unt
 
 
 def register_op(
-    name: str, function: Callable[..., Any], fake: Callable[..., Any], key: str = "CompositeExplicitAutograd"
+    name: str,
+    function: Callable[..., Any],
+    fake: Callable[..., Any],
+    key: str = "CompositeExplicitAutograd",
+    mutates: tuple[str, ...] = (),
 ) -> Callable[..., Any]:
     """`torch.ops.torchchat.NAME`: `function` on the devices of the dispatch key, `fake` where only shapes are wanted.
 
-    The function changes none of its arguments, and its annotations are its schema.
+    The function changes no argument but `mutates`, and its annotations are its schema.
     """
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=mutates)
     _library.define(name + schema)  # type: ignore[no-untyped-call]
     _library.impl(name, function, key)  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"torchchat::{name}", fake, lib=_library)

@@ -82,7 +82,8 @@ def _yarn(rope: RopeConfig, plain: Tensor, dim: int, max_position_embeddings: in
 def cos_sin(frequencies: Tensor, positions_BT: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Cosine and sine at each position, float32 [B, T, 1, rotary_dim / 2]: cheaper to make than to keep."""
     angles = positions_BT[:, :, None, None].float() * frequencies
-    return angles.cos() * scale, angles.sin() * scale
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if scale == 1.0 else (cos * scale, sin * scale)
 
 
 def rotate(x_BTNH: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -49,7 +49,7 @@ class Layout:
 
     @classmethod
     def of(cls, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]) -> "Layout":
-        """Wide types come first, so that each tensor is where its type's size divides."""
+        """Wide types come first, so that each tensor is where its type's size divides; most are where 64 does."""
         at = 0
         entries: dict[str, object] = {"__metadata__": {"format": FORMAT, **metadata}}
         offsets: dict[str, int] = {}
@@ -60,7 +60,7 @@ class Layout:
             offsets[name] = at
             at = end
         text = json.dumps(entries).encode()
-        text += b" " * (-len(text) % 8)
+        text += b" " * (-(8 + len(text)) % 64)
         header = struct.pack("<Q", len(text)) + text
         return cls(tensors, header, {name: start + len(header) for name, start in offsets.items()}, len(header) + at)
 

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ from model.checkpoint import CheckpointFiles, llama2c_layout
 
 # Safetensors' names of the types that weights may have here.
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# And of those that quantized numbers have.
+NUMBER_DTYPES = {"I8": torch.int8, "U8": torch.uint8, "F8_E4M3": torch.float8_e4m3fn}
+
+ONE_IN_NORMS = ("gemma", "gemma2", "gemma3")
+"""GGUF's architectures in whose norms is the one that Gemma adds to them."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,18 @@ class StoredTensor:
     """Maps the tensor, on the CPU: its pages are read when it is used and are not this process's own memory."""
     stays: bool = False
     """Whether pages that were read stay mapped until the whole checkpoint is let go."""
+    decode: Callable[[Tensor], Tensor] | None = None
+    """Where a row is stored as something else than its numbers: some rows as `read` gives them -> their numbers, on the
+    same device.
+    """
+    row_bytes: int = 0
+    """Of such a row, in the file."""
 
     @property
     def nbytes(self) -> int:
         """In the file, of a tensor of one of torch's types."""
+        if self.row_bytes:
+            return math.prod(self.shape[:-1]) * self.row_bytes
         assert isinstance(self.dtype, torch.dtype), self.dtype
         return math.prod(self.shape) * self.dtype.itemsize
 
@@ -51,8 +64,7 @@ def open_checkpoint(checkpoint: CheckpointFiles) -> StoredTensors:
 
     Raises UserError for a file that is damaged, cut short or holds something else than tensors.
     """
-    readers = {"safetensors": _open_safetensors, "torch": _open_torch, "meta": _open_torch, "llama2c": _open_llama2c}
-    read = readers[checkpoint.format]
+    read = _READERS[checkpoint.format]
     tensors: dict[str, tuple[StoredTensor, ...]] = {}
     for file in checkpoint.files:
         for name, tensor in read(file).items():
@@ -69,28 +81,43 @@ def open_checkpoint(checkpoint: CheckpointFiles) -> StoredTensors:
 
 
 def _open_safetensors(file: Path) -> dict[str, StoredTensor]:
-    def reader(name: str) -> Callable[[], Tensor]:
+    def reader(dtype: torch.dtype, shape: Sequence[int], begin: int, end: int) -> Callable[[], Tensor]:
         def read() -> Tensor:
-            # Opened anew for each tensor, so that the mapping and its pages go when the tensor does.
-            with safe_open(file, framework="pt") as opened:
-                tensor: Tensor = opened.get_tensor(name)
-            return tensor
+            # Mapped anew for each tensor, so that the mapping and its pages go when the tensor does; and not by
+            # `safe_open`, which reads the whole header each time: ten milliseconds where experts are thousands.
+            # A part of the storage, not of a tensor: old files do not begin their data where a number may.
+            part = torch.UntypedStorage.from_file(str(file), False, end)[begin:end]
+            return torch.asarray(part, dtype=torch.uint8).view(dtype).view(torch.Size(shape))
 
         return read
 
     try:
-        with safe_open(file, framework="pt") as opened:
-            tensors = {}
-            for name in opened.keys():  # noqa: SIM118 (it is no mapping)
-                view = opened.get_slice(name)
-                dtype = view.get_dtype()
-                shape = tuple(view.get_shape())
-                tensors[name] = StoredTensor(file, name, shape, SAFETENSORS_DTYPES.get(dtype, dtype), reader(name))
-            return tensors
+        with safe_open(file, framework="pt") as opened:  # checks the header, whose offsets it does not tell
+            names = list(opened.keys())
+        start, header = _safetensors_header(file)
+        tensors = {}
+        for name in names:
+            spelled, shape, (begin, end) = (header[name][key] for key in ("dtype", "shape", "data_offsets"))
+            dtype = SAFETENSORS_DTYPES.get(spelled) or NUMBER_DTYPES.get(spelled)
+            read = _unreadable if dtype is None else reader(dtype, shape, start + begin, start + end)
+            tensors[name] = StoredTensor(file, name, tuple(shape), SAFETENSORS_DTYPES.get(spelled, spelled), read)
+        return tensors
     except SafetensorError as error:
         raise UserError(f"{file}: {_what_is_cut(file) or f'is damaged: {error}'}; get it again") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
+
+
+def _safetensors_header(file: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data begins, and the header of a file that `safe_open` has checked."""
+    with file.open("rb") as opened:
+        (length,) = struct.unpack("<Q", opened.read(8))
+        header: dict[str, Any] = json.loads(opened.read(length))
+    return 8 + length, header
+
+
+def _unreadable() -> Tensor:
+    raise AssertionError("refused by whoever asks for the tensor: no weight has its type")
 
 
 def _what_is_cut(file: Path) -> str | None:
@@ -163,3 +190,48 @@ def _open_llama2c(file: Path) -> dict[str, StoredTensor]:
         name: StoredTensor(file, name, shape, torch.float32, reader(start, shape))
         for name, (start, shape) in layout.items()
     }
+
+
+def _open_gguf(file: Path) -> dict[str, StoredTensor]:
+    # Their package is imported for them alone.
+    from model.gguf_blocks import PLAIN, decoder
+    from model.gguf_file import GgufTensor, read_gguf
+
+    model = read_gguf(file)
+    one_more = model.architecture in ONE_IN_NORMS
+
+    def mapped(tensor: GgufTensor) -> Tensor:
+        size = tensor.file.stat().st_size
+        whole = torch.from_file(str(tensor.file), shared=False, size=size, dtype=torch.uint8)
+        return whole[tensor.offset : tensor.offset + tensor.nbytes]
+
+    def stored(tensor: GgufTensor) -> StoredTensor:
+        name, shape = tensor.name, tensor.shape
+        if (dtype := PLAIN.get(tensor.kind)) is not None:
+            norm = _less_one if one_more and name.endswith("norm.weight") else None
+            return StoredTensor(
+                tensor.file, name, shape, dtype, lambda: mapped(tensor).view(dtype).view(shape), decode=norm
+            )
+        decode = decoder(tensor.kind)
+        if decode is None or len(shape) == 1:  # vectors are never quantized
+            return StoredTensor(tensor.file, name, shape, tensor.kind.name, lambda: mapped(tensor))
+        row_bytes = tensor.nbytes // math.prod(shape[:-1])
+        return StoredTensor(
+            tensor.file, name, shape, torch.float32, lambda: mapped(tensor).view(*shape[:-1], row_bytes), decode=decode,
+            row_bytes=row_bytes,
+        )  # fmt: skip
+
+    return {name: stored(tensor) for name, tensor in model.tensors.items()}
+
+
+def _less_one(weight: Tensor) -> Tensor:
+    return weight.float() - 1
+
+
+_READERS: dict[str, Callable[[Path], dict[str, StoredTensor]]] = {
+    "safetensors": _open_safetensors,
+    "torch": _open_torch,
+    "meta": _open_torch,
+    "llama2c": _open_llama2c,
+    "gguf": _open_gguf,
+}

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 _tracing = False
 _capturing = False
+_portable = False
 
 
 def is_tracing() -> bool:
@@ -16,6 +17,22 @@ def is_tracing() -> bool:
 def is_capturing() -> bool:
     """Whether it is a CUDA graph that the step is written down for: no compiler will join the small operations."""
     return _capturing
+
+
+def is_portable() -> bool:
+    """Whether the step is written down for ExecuTorch, whose runtime has none of our ops."""
+    return _portable
+
+
+@contextmanager
+def portable() -> Iterator[None]:
+    """While this is open, the model writes itself down for ExecuTorch."""
+    global _portable
+    _portable = True
+    try:
+        yield
+    finally:
+        _portable = False
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from model.attention import Rows, attend
 from model.config import LayerConfig, ModelConfig
 from model.kv_cache import KVCache, distinct_ropes
 from model.layers import Embedding, Linear, RMSNorm
+from model.moe import MixtureOfExperts
 from model.rope import attention_factor, cos_sin
 
 
@@ -28,8 +29,10 @@ class Attention(nn.Module):
         heads = self.num_heads + 2 * self.num_kv_heads
         self.qkv_proj = Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
         self.o_proj = Linear(self.num_heads * self.head_dim, config.hidden_size, bias=config.o_bias)
-        self.q_norm = norm_of(config, self.head_dim) if config.qk_norm else None
-        self.k_norm = norm_of(config, self.head_dim) if config.qk_norm else None
+        self.norms_whole = config.qk_norm_whole
+        q_width, k_width = (self.num_heads, self.num_kv_heads) if config.qk_norm_whole else (1, 1)
+        self.q_norm = norm_of(config, q_width * self.head_dim) if config.qk_norm else None
+        self.k_norm = norm_of(config, k_width * self.head_dim) if config.qk_norm else None
         self.scale = config.attention_scale if config.attention_scale is not None else self.head_dim**-0.5
         self.softcap = config.attention_softcap
         self.window = config.sliding_window if layer.attention == "sliding" else None
@@ -48,7 +51,11 @@ class Attention(nn.Module):
         heads_BTNH = self.qkv_proj(x_BTD, norm=norm).view(B, T, -1, self.head_dim)
         q_BTNH, k_BTKH, v_BTKH = heads_BTNH.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+            if self.norms_whole:
+                q_BTNH = self.q_norm(q_BTNH.flatten(2)).view_as(q_BTNH)
+                k_BTKH = self.k_norm(k_BTKH.flatten(2)).view_as(k_BTKH)
+            else:
+                q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         out_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, keys, values, rows, rotation, self.scale, self.window, self.softcap)
         return out_BTNH.reshape(B, T, -1)
 
@@ -71,11 +78,12 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.attention_post_norm = norm_of(config, config.hidden_size) if config.post_norms else None
         self.ffn_norm = norm_of(config, config.hidden_size)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = MixtureOfExperts(config) if layer.experts else FeedForward(config)
         self.ffn_post_norm = norm_of(config, config.hidden_size) if config.post_norms else None
         self.hidden_act = config.hidden_act
         self.residual_multiplier = config.residual_multiplier
         assert not config.post_norms or config.residual_multiplier == 1.0, "no family has both"
+        assert not (layer.experts and (config.post_norms or config.residual_multiplier != 1.0)), "no family has that"
 
     def forward(
         self,
@@ -87,6 +95,9 @@ class Block(nn.Module):
     ) -> Tensor:
         heads_BTE: Tensor = self.attention(x_BTD, self.attention_norm, rotation, keys, values, rows)
         x_BTD = self._add(x_BTD, self.attention.o_proj, heads_BTE, self.attention_post_norm)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            update_BTD: Tensor = self.feed_forward(self.ffn_norm(x_BTD))
+            return x_BTD + update_BTD
         gated_BTF = self.feed_forward.gate_up_proj(x_BTD, norm=self.ffn_norm, gate=self.hidden_act)
         return self._add(x_BTD, self.feed_forward.down_proj, gated_BTF, self.ffn_post_norm)
 
@@ -137,15 +148,18 @@ class Transformer(nn.Module):
         x_BTD = self.hidden(tokens_BT, start_B, cache, slots_B, context)
         if logits_at_B is None:
             return self.logits(x_BTD)
-        x_BD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B]
-        return self.logits(x_BD.unsqueeze(1)).squeeze(1)
+        if x_BTD.shape[1] > 1:
+            x_BTD = x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), logits_at_B].unsqueeze(1)
+        return self.logits(x_BTD).squeeze(1)
 
     def hidden(
         self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, slots_B: Tensor, context: int | Tensor
     ) -> Tensor:
         """What the layers make of the tokens, [B, T, D]: `forward` up to its logits, its arguments the same."""
         T = tokens_BT.shape[1]
-        positions_BT = start_B[:, None] + torch.arange(T, device=tokens_BT.device)
+        positions_BT = start_B[:, None]
+        if T > 1:
+            positions_BT = positions_BT + torch.arange(T, device=tokens_BT.device)
         rotations = [
             cos_sin(frequencies, positions_BT, scale)
             for frequencies, scale in zip(cache.frequencies, self._rope_scales, strict=True)

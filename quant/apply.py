@@ -8,12 +8,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from model.moe_experts import ExpertLinear
 from quant.convert import Quantizer, rows_at_once
-from quant.modules import QuantizedEmbedding, QuantizedLinear
+from quant.experts import QuantizedExpertLinear
+from quant.modules import QuantizedEmbedding, QuantizedLinear, QuantizedRows
 from quant.plan import Assignment, Plan
 from quant.schemes import SCHEMES, Arguments
-
-Quantized = QuantizedLinear | QuantizedEmbedding
 
 
 class Rows(Protocol):
@@ -63,12 +63,14 @@ def replace_modules(model: nn.Module, plan: Plan, dtype: torch.dtype) -> None:
         _replace(model, assignment, torch.device("meta"), dtype)
 
 
-def _replace(model: nn.Module, assignment: Assignment, device: torch.device, dtype: torch.dtype) -> Quantized:
+def _replace(model: nn.Module, assignment: Assignment, device: torch.device, dtype: torch.dtype) -> QuantizedRows:
     old = model.get_submodule(assignment.name)
     own = device if assignment.shares is None else torch.device("meta")
     N, K = assignment.shape
-    quantized: Quantized
-    if SCHEMES[assignment.key].target == "linear":
+    quantized: QuantizedRows
+    if isinstance(old, ExpertLinear):
+        quantized = QuantizedExpertLinear(old.num_experts, old.chosen, N, K, assignment.format, dtype, own)
+    elif SCHEMES[assignment.key].target == "linear":
         quantized = QuantizedLinear(N, K, assignment.format, dtype, own)
         quantized.bias = dict(old.named_parameters(recurse=False)).get("bias")
     else:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from quant.modules import QuantizedEmbedding, QuantizedLinear
+from quant.modules import QuantizedRows
 from quant.packed import pack
 from quant.schemes import Arguments, Scheme, quiet_torchao
 
@@ -28,7 +28,7 @@ class Quantizer:
         self.args = args
         self.config = scheme.torchao_config(args)
 
-    def fill(self, module: QuantizedLinear | QuantizedEmbedding, blocks: Iterable[Tensor]) -> None:
+    def fill(self, module: QuantizedRows, blocks: Iterable[Tensor]) -> None:
         """Choose the numbers of `module` for a weight that comes as blocks of its rows in order, in the dtype of the
         model.
         """

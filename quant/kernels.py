@@ -10,7 +10,7 @@ from model.kernels import GATES, HAS_TRITON, next_power_of_2, overlaps
 from quant import packed
 
 if HAS_TRITON:
-    from quant import triton_kernels
+    from quant import triton_experts, triton_kernels
 
 DEQUANTIZE_BLOCK = 1024
 
@@ -76,6 +76,36 @@ def gemv(
             x, words, scale, zero, norm, bias, residual, out, N, K, words.shape[1], groups, eps, multiplier,
             STEPS=-(-words.shape[1] // config["BLOCK_W"]), HALVES=x.dtype.itemsize == 2, **same, **config, **extra,
         )  # fmt: skip
+    return out
+
+
+def expert_gemv_config(words: int, bits: int) -> dict[str, int]:
+    """Block sizes and warps for rows of so many words: numbers of 8 bits, or 32 bits of smaller ones."""
+    rows, most = (4, 1024) if bits == 8 else (8, 256)
+    return {"BLOCK_N": rows, "BLOCK_W": min(most, max(16, next_power_of_2(words))), "num_warps": 4}
+
+
+def expert_gemv(
+    x_MJK: Tensor, scale_MJ1: Tensor | None, values: Tensor, scale: Tensor, zero: Tensor | None, experts_MC: Tensor,
+    num_experts: int, gate: str | None, bits: int, group_size: int, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Each token times the matrices of its experts, `quant.experts` says how; [M, C, N] in `dtype`, or half of them
+    with a gate. `scale_MJ1`, float32: of the rows of x. Which experts are read is known on the device alone.
+    """
+    x, experts = x_MJK.contiguous(), experts_MC.contiguous()
+    (M, J, K), C, rows = x.shape, experts.shape[1], values.shape[0] // num_experts
+    N = rows if gate is None else rows // 2
+    words = values if bits == 8 else values.view(torch.int32)
+    config = expert_gemv_config(words.shape[1], bits)
+    overlap = overlaps(x)
+    extra: dict[str, Any] = {"launch_pdl": True} if overlap else {}
+    out = torch.empty(M, C, N, dtype=dtype, device=x.device)
+    triton_experts.expert_gemv_kernel[(-(-N // config["BLOCK_N"]), M * C)](
+        x, None if scale_MJ1 is None else scale_MJ1.contiguous(), words, scale, zero, experts, out, N, K, rows,
+        words.shape[1], scale.shape[1], group_size or max(32, next_power_of_2(K)), SHARE=C if J == 1 else 1, BITS=bits,
+        ZERO=zero is not None, SCALED=scale_MJ1 is not None, GATE=GATES[gate],
+        STEPS=-(-words.shape[1] // config["BLOCK_W"]), OVERLAP=overlap, **config, **extra,
+    )  # fmt: skip
     return out
 
 

@@ -12,7 +12,7 @@ from quant.formats import Format
 from quant.packed import dequantize
 
 
-class _Quantized(nn.Module):
+class QuantizedRows(nn.Module):
     """`values`, `scale` and perhaps `zero` of a weight [N, K], as `quant.packed` describes them."""
 
     values: nn.Parameter
@@ -34,7 +34,7 @@ class _Quantized(nn.Module):
 
     def share(self, other: nn.Module) -> None:
         """Use the numbers of another module as one's own, as tied weights are used."""
-        assert isinstance(other, _Quantized)
+        assert isinstance(other, QuantizedRows)
         assert (other.N, other.K) == (self.N, self.K)
         assert self.format.stored_like(other.format)
         self.values, self.scale, self.zero = other.values, other.scale, other.zero
@@ -43,7 +43,7 @@ class _Quantized(nn.Module):
         return f"{self.N}, {self.K}, {self.format}"
 
 
-class QuantizedLinear(_Quantized):
+class QuantizedLinear(QuantizedRows):
     """`model.layers.Linear` on quantized numbers [out_features, in_features], its bias as it was."""
 
     bias: nn.Parameter | None
@@ -92,7 +92,7 @@ class QuantizedLinear(_Quantized):
         return y if self.bias is None else y + self.bias
 
 
-class QuantizedEmbedding(_Quantized, Table):
+class QuantizedEmbedding(QuantizedRows, Table):
     """`model.layers.Embedding` on quantized numbers [num_embeddings, embedding_dim]: only rows asked for are read."""
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ first use and that is kept. Knows the storage of `quant.packed`; where there is 
 uses plain PyTorch.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -28,6 +29,12 @@ SOURCES = tuple(
     for name in ("kernels.cpp", "kernels.h", "blocks.h", "avx512.h", "avx512_formats.h", "avx2.h")
 )
 """The first is compiled, and includes the others."""
+OP_SOURCES = (
+    Path(__file__).parent / "native" / "op.cpp",
+    *(Path(__file__).parent.parent / "model" / "native" / name for name in ("register.h", "experts.h")),
+    *SOURCES,
+)
+"""The same, and the op that calls it, for programs without Python (`model.native.op_library`)."""
 FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread")
 CHOICES = tuple(
     (*target, *threads)
@@ -113,6 +120,15 @@ def code_name() -> str | None:
         return None
     flags = set(cpu_flags().split())
     return next((name for name, needed in INSTRUCTIONS.items() if needed <= flags), "C++")
+
+
+def use(path: Path) -> None:
+    """Use a library that was compiled before, of `OP_SOURCES` or `SOURCES`, unless one is in use. What does not load or
+    work here is left, and compiled when it is needed.
+    """
+    global _library
+    with _lock, contextlib.suppress(OSError, _Unusable):
+        _library = _library or _checked(path)
 
 
 def why_not() -> str | None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model import kernels as model_kernels
 from model.ops import register_op
-from quant import kernels, native
+from quant import kernels, matmul, native
 from quant.formats import Format
 from quant.packed import dequantize
 
@@ -28,6 +28,8 @@ def quantized_linear(
             return kernels.gemv(
                 x.reshape(-1), values, scale, zero, None, bias, None, None, 0.0, False, 1.0, bits, group_size
             ).unsqueeze(0)
+        if matmul.usable(x, "fp8" if values.is_floating_point() else "int", bits):
+            return matmul.matmul(x, values, scale, zero, bias, K, bits, group_size)
         weight = kernels.dequantize(values, scale, zero, K, bits, group_size, x.dtype)
         return F.linear(x, weight, bias)
     if x.device.type != "cpu":

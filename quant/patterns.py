@@ -26,6 +26,16 @@ OTHER_NAMES: dict[str, tuple[tuple[str, ...], ...]] = {
         ("feed_forward.w1", "feed_forward.w3"),
     ),
     "feed_forward.down_proj": (("mlp.down_proj",), ("feed_forward.w2",)),
+    "feed_forward.experts.gate_up_proj": (
+        ("mlp.experts.gate_up_proj",),
+        ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"),
+        ("block_sparse_moe.experts.*.w1", "block_sparse_moe.experts.*.w3"),
+    ),
+    "feed_forward.experts.down_proj": (
+        ("mlp.experts.down_proj",),
+        ("mlp.experts.*.down_proj",),
+        ("block_sparse_moe.experts.*.w2",),
+    ),
     "embed_tokens": (("tok_embeddings",),),
     "lm_head": (("output",),),
 }

@@ -10,16 +10,20 @@ from torch import nn
 
 from config.errors import UserError
 from model.layers import Embedding, Linear, RMSNorm
+from model.moe_experts import ExpertLinear, Router
 from quant.formats import Format
 from quant.patterns import select
 from quant.recipe import Entry, QuantRecipe
 from quant.schemes import Arguments, Level, check, level, place_of
 
-KINDS: dict[str, tuple[type[nn.Module], str]] = {
-    "linear": (Linear, "linear layer"),
-    "embedding": (Embedding, "embedding"),
+KINDS: dict[str, tuple[tuple[type[nn.Module], ...], str]] = {
+    "linear": ((Linear, ExpertLinear), "linear layer"),
+    "embedding": ((Embedding,), "embedding"),
 }
 """A scheme's target -> the modules that it is for, and what people call them."""
+
+NEVER: dict[type[nn.Module], str] = {RMSNorm: "a norm", Router: "a router: little to gain, much to lose"}
+"""Modules that no scheme is for, and why."""
 
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -73,6 +77,16 @@ class Plan:
         counts = Counter(assignment.key for assignment in self.assignments)
         return ", ".join(f"{key} ({count} layer{'s' if count > 1 else ''})" for key, count in counts.items())
 
+    def remarks(self) -> list[str]:
+        """What a person may not expect, a line each: groups that do not divide a layer's width, copies that tied
+        weights become.
+        """
+        noted: dict[str, list[str]] = {}
+        for assignment in self.assignments:
+            if assignment.note is not None and assignment.shares is None:
+                noted.setdefault(assignment.note, []).append(assignment.name)
+        return [f"{name}{f' and {len(more)} more' if more else ''}: {note}" for note, (name, *more) in noted.items()]
+
 
 def make_plan(
     model: nn.Module,
@@ -112,8 +126,10 @@ def make_plan(
 
 def _choose(model: nn.Module, recipe: QuantRecipe, target: str) -> tuple[dict[str, Entry], dict[str, str]]:
     """Of the layers of one kind: which entry each is for, and why the others are for none."""
-    kind, what = KINDS[target]
-    names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    kinds, what = KINDS[target]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, kinds) and type(module) not in NEVER
+    ]
     entries = [entry for entry in recipe.entries if entry.scheme.target == target]
     claims: list[tuple[Entry, set[str]]] = []
     skipped: dict[str, str] = {}
@@ -197,7 +213,7 @@ def _left(model: nn.Module, assigned: set[str], reasons: dict[str, str], itemsiz
             if name == "weight" and module_name in assigned:
                 continue
             full = f"{module_name}.{name}".removesuffix(".weight")
-            other = "a norm" if isinstance(module, RMSNorm) else "a bias" if name == "bias" else "no layer's weight"
+            other = NEVER.get(type(module), "a bias" if name == "bias" else "no layer's weight")
             reason = reasons.get(full, other)
             twin = seen.setdefault(id(parameter), full)
             if twin != full:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from config.errors import UserError
 from quant.formats import Activation, Format, container_bits
@@ -147,6 +147,25 @@ def _a8wxdq(args: Arguments) -> "AOBaseConfig":
     )
 
 
+def _table(args: Arguments) -> "AOBaseConfig":
+    """As `_int8_or_intx`; below 8 bits with the scales of `_a8w4dq`, whose output layer may share its numbers."""
+    import torch
+
+    config: Any = _int8_or_intx(args)
+    if args.bits < 8:
+        config.scale_dtype = torch.bfloat16
+    return cast("AOBaseConfig", config)
+
+
+def _a8w4dq(args: Arguments) -> "AOBaseConfig":
+    """Scales are bfloat16 numbers in every dtype, as ExecuTorch's kernels have them: the same numbers in all places."""
+    import torch
+
+    config: Any = _a8wxdq(args)
+    config.weight_scale_dtype = torch.bfloat16
+    return cast("AOBaseConfig", config)
+
+
 def _a8w8dq(args: Arguments) -> "AOBaseConfig":
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
@@ -184,7 +203,7 @@ SCHEMES: dict[str, Scheme] = {
         "linear",
         "4-bit weights, inputs rounded to 8 bits for each token",
         (4,),
-        _a8wxdq,
+        _a8w4dq,
         groups=Groups(),
         activation="int8",
     ),
@@ -222,7 +241,7 @@ SCHEMES: dict[str, Scheme] = {
         "embedding",
         "the table of token embeddings in 8 or 4 bits",
         (4, 8),
-        _int8_or_intx,
+        _table,
         default_bits=8,
         groups=Groups(whole_row=0),
     ),

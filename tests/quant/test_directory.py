@@ -24,6 +24,7 @@ from cli.saving import job_of, save
 from config.errors import UserError
 from config.settings import BuildSettings, Setting
 from model import device
+from model.chat_files import own_templates
 from model.config import from_hf, hf_document, load_config
 from model.kv_cache import KVCache
 from model.saved import Layout, TensorWriter
@@ -43,11 +44,11 @@ INT8 = '{"linear:int8": {}}'
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model, untied with biases and tied."""
+    """A tiny model, untied with biases, tied, and with experts."""
     directory = tmp_path_factory.mktemp("models")
     made = {}
-    for kind in ("untied", "tied"):
-        path = made[kind] = write_tiny_checkpoint(directory / kind)
+    for kind in ("untied", "tied", "experts"):
+        path = made[kind] = write_tiny_checkpoint(directory / kind, experts=5 if kind == "experts" else 0)
         config = json.loads((path / "config.json").read_text())
         tensors = load_file(path / "model.safetensors")
         if kind == "tied":
@@ -117,7 +118,7 @@ RECIPES = {key: json.dumps({key: {}}) for key in SCHEMES} | {
 }
 
 
-@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "experts"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saved_is_fresh(recipe: str, dtype: str, kind: str, models: dict[str, Path], tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_saved_is_fresh(recipe: str, dtype: str, kind: str, models: dict[str, Pa
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["untied", "tied"])
+@pytest.mark.parametrize("kind", ["untied", "tied", "experts"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_saved_on_a_gpu_is_fresh_there_and_loads_on_a_cpu(
     recipe: str, kind: str, models: dict[str, Path], tmp_path: Path
@@ -177,6 +178,18 @@ def test_what_is_in_the_directory(models: dict[str, Path], made: Path) -> None:
     assert tensors["layers.1.attention.qkv_proj.scale"].dtype == torch.float32
     with safe_open(made / "model.safetensors", framework="pt") as opened:
         assert opened.metadata()["format"] == "torchchat"  # so that no other program takes it for its own
+
+
+def test_chat_templates_come_along_wherever_they_are(tmp_path: Path) -> None:
+    model = write_tiny_checkpoint(tmp_path / "model")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    (model / "chat_template.json").write_text('{"chat_template": "old"}')
+    saved = written(model, INT8, "fp32", tmp_path / "dir")
+    texts = {name: template.text for name, template in own_templates(saved).items()}
+    assert texts == {name: template.text for name, template in own_templates(model).items()}
+    assert set(texts) == {"default", "tool_use"}
+    assert (saved / "chat_template.json").read_text() == '{"chat_template": "old"}'
 
 
 def test_a_recipe_s_device_and_dtype_are_not_the_directory_s(models: dict[str, Path], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from model.tracing import tracing
 from quant import activations, native
 from quant.convert import Quantizer
 from quant.formats import Format
-from quant.modules import QuantizedEmbedding, QuantizedLinear
+from quant.modules import QuantizedEmbedding, QuantizedLinear, QuantizedRows
 from quant.packed import dequantize, pack, unpack
 from quant.schemes import SCHEMES, Arguments, quiet_torchao
 
@@ -36,7 +36,7 @@ FORMATS = [
 ]
 
 
-def random_numbers(module: QuantizedLinear | QuantizedEmbedding) -> None:
+def random_numbers(module: QuantizedRows) -> None:
     form = module.format
     if form.kind == "fp8":
         values = torch.randn(module.N, module.K).to(torch.float8_e4m3fn)

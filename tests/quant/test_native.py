@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quant import native
+from model.native import load_op_library, op_library
+from quant import experts, native, ops
 
 KINDS = ("int8", "int4", "int2", "int1", "fp8")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -380,3 +381,30 @@ def test_the_code_has_the_name_of_its_instructions(flags: str, name: str, monkey
     monkeypatch.setattr(native, "cxx_compiler", lambda: "any")
     monkeypatch.setattr(native, "cpu_flags", lambda: flags)
     assert native.code_name() == name
+
+
+def test_the_ops_in_cpp_give_the_same_bits(warm: Path, tmp_path: Path) -> None:
+    """For programs without Python: few rows, and many that are multiplied by panels; and experts, with their inputs
+    quantized or not.
+    """
+    (path := tmp_path / "quantized.so").write_bytes(op_library(native.OP_SOURCES, warm, lambda _: None, native.CHOICES))
+    load_op_library(path)
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("torchchat::quantized_linear", "CPU")
+    for kind, dtype, rows in itertools.product(KINDS, DTYPES, (1, ops.NATIVE_ROWS, ops.NATIVE_ROWS + 1, 70)):
+        weight = make(kind, 200, 288, 32, torch.float32)
+        x, bias = torch.randn(rows, weight.K).to(dtype), torch.randn(200).to(dtype)
+        for its_bias in (None, bias):
+            numbers = (weight.values, weight.scale, weight.zero, its_bias, weight.K, weight.bits, weight.group_size)
+            expected = ops.quantized_linear(x, *numbers)
+            assert torch.equal(torch.ops.torchchat.quantized_linear(x, *numbers), expected), (kind, dtype, rows)
+    kinds, tokens = (None, "fp8", "int8-symmetric", "int8"), (1, 3, 40)
+    for kind, dtype, activation, count in itertools.product(KINDS, DTYPES, kinds, tokens):
+        weight = make(kind, 4 * 32, 64, 32, torch.float32)
+        to = torch.stack([torch.randperm(4)[:2] for _ in range(count)])
+        numbers = (weight.values, weight.scale, weight.zero, to)
+        how = (weight.bits, weight.group_size, activation)
+        up, down = torch.randn(count, 1, 64).to(dtype), torch.randn(count, 2, 64).to(dtype)
+        weights = torch.rand(count, 2)
+        for inputs in ((up, *numbers, None, 4, "silu", *how), (down, *numbers, weights, 4, None, *how)):
+            expected = experts.quantized_experts(*inputs)
+            assert torch.equal(torch.ops.torchchat.quantized_experts(*inputs), expected), (kind, dtype, activation)

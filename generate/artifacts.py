@@ -20,6 +20,7 @@ STEP_SOURCES = (
     "generate/artifacts.py",
     "generate/backends.py",
     "generate/compilation.py",
+    "generate/exported.py",
     "generate/sampling.py",
     "generate/step.py",
     "model/attention.py",
@@ -27,18 +28,27 @@ STEP_SOURCES = (
     "model/kernels.py",
     "model/kv_cache.py",
     "model/layers.py",
+    "model/moe.py",
+    "model/moe_experts.py",
+    "model/moe_kernels.py",
+    "model/moe_triton.py",
     "model/ops.py",
+    "model/portable.py",
     "model/rope.py",
     "model/tracing.py",
     "model/transformer.py",
     "model/triton_kernels.py",
     "quant/activations.py",
+    "quant/experts.py",
     "quant/formats.py",
     "quant/kernels.py",
+    "quant/matmul.py",
     "quant/modules.py",
     "quant/ops.py",
     "quant/packed.py",
+    "quant/triton_experts.py",
     "quant/triton_kernels.py",
+    "quant/triton_matmul.py",
 )
 """Our own code that decides what a compiled step computes. What reads a configuration is not in it: the configuration
 that came of it is in the key. Nor are the products in C++: a step calls their op by name, which runs what is there
@@ -59,7 +69,7 @@ def environment_key(device: torch.device, *parts: str) -> str:
         str(torch.version.cuda),
         sys.version,
         platform.machine(),
-        _sources(),
+        step_sources(),
         *_device(device),
         *parts,
     ]
@@ -130,7 +140,7 @@ def _device(device: torch.device) -> list[str]:
 
 
 @functools.cache
-def _sources() -> str:
+def step_sources() -> str:
     """The hash of the code that steps are made of."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()

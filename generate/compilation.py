@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config.cache import is_whole
 from config.errors import UserError
 from config.settings import shorten
 from generate import step
 from generate.artifacts import environment_key, keep_package, kept_in, let_compilers_keep, native_compiler
-from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Program
+from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Largest, Program
 from generate.sampling import RowParams, SamplingPlan
 from generate.stats import Ledger
 from generate.step import DecodeState, LanguageModel
@@ -42,14 +42,15 @@ class Tensors:
     model: Transformer
     max_seq_len: int
 
-    def flatten(self, cache: KVCache, state: DecodeState) -> list[Tensor]:
+    def flatten(self, cache: KVCache, state: DecodeState | None = None) -> list[Tensor]:
         parameters = [parameter for _, parameter in self.model.named_parameters()]
-        params = [getattr(state.params, f.name) for f in fields(state.params)]
-        held = [state.tokens, state.positions, state.advance, state.seen]
-        return [*parameters, *cache.keys, *cache.values, *cache.frequencies, *held, *params]
+        flat = [*parameters, *cache.keys, *cache.values, *cache.frequencies]
+        if state is not None:
+            flat += state.tensors()
+        return flat
 
-    def restore(self, flat: tuple[Tensor, ...]) -> tuple[LanguageModel, KVCache, DecodeState, tuple[Tensor, ...]]:
-        """The inverse of `flatten`, and what comes after it in `flat`."""
+    def restore(self, flat: tuple[Tensor, ...]) -> tuple[LanguageModel, KVCache, tuple[Tensor, ...]]:
+        """The inverse of `flatten` without a state, and what comes after it in `flat`."""
         rest = iter(flat)
 
         def take(count: int) -> list[Tensor]:
@@ -59,18 +60,46 @@ class Tensors:
         layers = len(self.model.config.layers)
         keys, values, frequencies = take(layers), take(layers), take(self.model.num_ropes)
         cache = KVCache(keys, values, frequencies, self.max_seq_len)
-        tokens, positions, advance, seen = take(4)
-        state = DecodeState(tokens, positions, advance, RowParams(*take(len(fields(RowParams)))), seen)
 
-        def model(*args: Any) -> Tensor:
-            result: Tensor = torch.func.functional_call(self.model, parameters, args)
-            return result
+        return cast(LanguageModel, _Restored(self.model, parameters)), cache, tuple(rest)
 
-        return cast(LanguageModel, model), cache, state, tuple(rest)
+    @staticmethod
+    def restore_state(flat: tuple[Tensor, ...]) -> tuple[DecodeState, tuple[Tensor, ...]]:
+        """The state that comes next, and what comes after it."""
+        tokens, positions, advance, seen, *rest = flat
+        count = len(fields(RowParams))
+        return DecodeState(tokens, positions, advance, RowParams(*rest[:count]), seen), tuple(rest[count:])
+
+
+class _Restored:
+    """A model with other tensors in place of its parameters."""
+
+    def __init__(self, model: Transformer, parameters: dict[str, Tensor]) -> None:
+        self.model, self.parameters = model, parameters
+
+    def __call__(self, *args: Any) -> Tensor:
+        result: Tensor = torch.func.functional_call(self.model, self.parameters, args)
+        return result
+
+    def hidden(self, *args: Any) -> Tensor:
+        parameters = {f"model.{name}": tensor for name, tensor in self.parameters.items()}
+        result: Tensor = torch.func.functional_call(_Hidden(self.model), parameters, args)
+        return result
+
+
+class _Hidden(nn.Module):
+    """A model whose forward is its `hidden`."""
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args: Any) -> Tensor:
+        return self.model.hidden(*args)
 
 
 class CompiledSteps:
-    """`prefill` and `decode` with the signatures of `generate.step`, compiled where asked, each form of them once.
+    """`prefill`, `read` and `decode` with the signatures of `generate.step`, compiled where asked, each form once.
 
     For one cache and one state: a compiled step keeps the tensors that it was first called with.
     """
@@ -95,22 +124,21 @@ class CompiledSteps:
         if compile_decode or compile_prefill or self.captures:
             let_compilers_keep(cache_dir)
         self.ledger, self.report = ledger, report
-        self._decoders: dict[tuple[int, SamplingPlan], Callable[[Tensor], Tensor]] = {}
-        self._prefills: dict[SamplingPlan, Callable[..., Tensor]] = {}
+        self._decoders: dict[tuple[int, SamplingPlan | None], Callable[[Tensor], Tensor]] = {}
+        self._decode_programs: dict[tuple[bool, SamplingPlan | None], Program] = {}
+        self._prefill: Callable[..., Tensor] | None = None
+        self._readers: dict[bool, Callable[..., Tensor]] = {}
+        self._graphs: Any = None
 
-    def prepare(
-        self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan, prompt_tokens: int
-    ) -> None:
-        """Compile, or load, what a prompt of that length and decoding rows `slots_B` will need."""
+    def prepare(self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan | None) -> None:
+        """Compile, or load, what prompts and decoding rows `slots_B` will need."""
         if self.compile_prefill:
-            self._prefill(cache, state, plan)
-            if prompt_tokens > self.prefill_chunk:  # the chunks before the last one are read with the greedy plan
-                self._prefill(cache, state, SamplingPlan())
+            self._prefill_of(cache)
         if self.compile_decode or self.captures:
             self._decoder(cache, state, slots_B, plan)
 
     def decode(
-        self, model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan
+        self, model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan | None
     ) -> Tensor:
         """`generate.step.decode`."""
         if not (self.compile_decode or self.captures):
@@ -121,57 +149,121 @@ class CompiledSteps:
         self,
         model: LanguageModel,
         cache: KVCache,
-        state: DecodeState,
         tokens_1T: Tensor,
         start_1: Tensor,
         slots_1: Tensor,
         last_1: Tensor,
         context: int,
-        plan: SamplingPlan,
     ) -> Tensor:
         """`generate.step.prefill`."""
         if not self.compile_prefill:
-            return step.prefill(model, cache, state, tokens_1T, start_1, slots_1, last_1, context, plan)
+            return step.prefill(model, cache, tokens_1T, start_1, slots_1, last_1, context)
         if tokens_1T.shape[1] == 1:  # a length of one would be compiled apart; what padding writes is overwritten
             tokens_1T, context = torch.cat((tokens_1T, tokens_1T), dim=1), context + 1
-        run = self._prefill(cache, state, plan)
-        return run(tokens_1T, start_1, slots_1, last_1, torch.tensor(context))
+        return self._prefill_of(cache)(tokens_1T, start_1, slots_1, last_1, torch.tensor(context))
+
+    def read(
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        tokens_BT: Tensor,
+        start_B: Tensor,
+        slots_B: Tensor,
+        context: int,
+    ) -> Tensor:
+        """`generate.step.read`, compiled where anything is."""
+        if not (self.compile_decode or self.compile_prefill):
+            return step.read(model, cache, tokens_BT, start_B, slots_B, context)
+        T = tokens_BT.shape[1]
+        if T == 1:  # as in prefill; at the context's end there is no place for padding
+            if context == cache.max_seq_len:
+                return step.read(model, cache, tokens_BT, start_B, slots_B, context)
+            tokens_BT, context = torch.cat((tokens_BT, tokens_BT), dim=1), context + 1
+        x_BTD = self._reader(cache, tokens_BT.shape[0] > 1)(tokens_BT, start_B, slots_B, torch.tensor(context))
+        return x_BTD[:, :T]
+
+    def _reader(self, cache: KVCache, batched: bool) -> Callable[..., Tensor]:
+        """Compiled for one row, or for any number of rows from two on; and for any length from two on."""
+        if batched not in self._readers:
+            tensors = self._tensors(cache)
+            flat = tensors.flatten(cache)
+
+            def traced(*inputs: Tensor) -> Tensor:
+                model, its_cache, (tokens, start, slots, context) = tensors.restore(inputs)
+                return step.read(model, its_cache, tokens, start, slots, context)
+
+            rows = max(LEAST_LENGTHS, cache.num_slots)
+            length = max(LEAST_LENGTHS, min(self.prefill_chunk, cache.max_seq_len))
+            B, device = rows // 2 if batched else 1, cache.keys[0].device
+            T = length // 2 + (length // 2 == B)  # of the same size they would be taken for the same
+            tokens = torch.zeros(B, T, dtype=torch.int64, device=device)
+            start = torch.zeros(B, dtype=torch.int64, device=device)
+            inputs = [*flat, tokens, start, start.clone(), torch.tensor(T)]
+            dynamic: Dynamic = {len(flat): {1: "T"}}
+            largest: Largest = {"T": length}
+            if batched:
+                dynamic = {len(flat): {0: "B", 1: "T"}, len(flat) + 1: {0: "B"}, len(flat) + 2: {0: "B"}}
+                largest["B"] = rows
+            with self.ledger.phase("compile"):
+                program = self._program(
+                    "--compile" if self.compile_decode else "--compile-prefill",
+                    "scoring, batches" if batched else "scoring",
+                    traced, inputs, dynamic, largest, repr(largest),
+                )  # fmt: skip
+            self._readers[batched] = lambda *rest: program([*flat, *rest])
+        return self._readers[batched]
 
     def _decoder(
-        self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan
+        self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan | None
     ) -> Callable[[Tensor], Tensor]:
         key = (slots_B.shape[0], plan)
         if key not in self._decoders:
-            tensors = self._tensors(cache)
-            flat = tensors.flatten(cache, state)
-
-            def traced(*inputs: Tensor) -> Tensor:
-                model, its_cache, its_state, (slots,) = tensors.restore(inputs)
-                return step.decode(model, its_cache, its_state, slots, plan)
+            flat = self._tensors(cache).flatten(cache, state)
 
             def eager(inputs: list[Tensor]) -> Tensor:
                 with tracing(capturing=True):
                     return step.decode(self.model, cache, state, inputs[-1], plan)
 
-            what = "decode" if key[0] == 1 else f"decode, batch {key[0]}"
             with self.ledger.phase("compile"):
-                program: Program = eager
-                if self.compile_decode:
-                    program = self._program("--compile", what, traced, [*flat, slots_B], {}, 0, repr(key))
+                program = self._decode_program(cache, flat, slots_B, plan) if self.compile_decode else eager
                 if slots_B.is_cuda:
-                    self._decoders[key] = _captured(program, flat, slots_B, state)
+                    if self._graphs is None:  # replays follow one another, and what one gives is read before the next
+                        self._graphs = torch.cuda.graph_pool_handle()
+                    self._decoders[key] = captured(program, flat, slots_B, state, self._graphs)
                 else:
                     self._decoders[key] = lambda slots: program([*flat, slots])
         return self._decoders[key]
 
-    def _prefill(self, cache: KVCache, state: DecodeState, plan: SamplingPlan) -> Callable[..., Tensor]:
-        if plan not in self._prefills:
+    def _decode_program(
+        self, cache: KVCache, flat: list[Tensor], slots_B: Tensor, plan: SamplingPlan | None
+    ) -> Program:
+        """Compiled for one row, or for any number of rows from two on."""
+        batched = slots_B.shape[0] > 1
+        if (batched, plan) not in self._decode_programs:
             tensors = self._tensors(cache)
-            flat = tensors.flatten(cache, state)
 
             def traced(*inputs: Tensor) -> Tensor:
-                model, its_cache, its_state, (tokens, start, slots, last, context) = tensors.restore(inputs)
-                return step.prefill(model, its_cache, its_state, tokens, start, slots, last, context, plan)
+                model, its_cache, rest = tensors.restore(inputs)
+                its_state, (slots,) = tensors.restore_state(rest)
+                return step.decode(model, its_cache, its_state, slots, plan)
+
+            what = "decode, batches" if batched else "decode"
+            largest = max(LEAST_LENGTHS, 2 * cache.num_slots)
+            example = slots_B if not batched else slots_B.new_full((largest // 2,), cache.num_slots - 1)
+            dynamic: tuple[Dynamic, Largest] = ({len(flat): {0: "B"}}, {"B": largest}) if batched else ({}, {})
+            self._decode_programs[batched, plan] = self._program(
+                "--compile", what, traced, [*flat, example], *dynamic, repr((batched, largest, plan))
+            )
+        return self._decode_programs[batched, plan]
+
+    def _prefill_of(self, cache: KVCache) -> Callable[..., Tensor]:
+        if self._prefill is None:
+            tensors = self._tensors(cache)
+            flat = tensors.flatten(cache)
+
+            def traced(*inputs: Tensor) -> Tensor:
+                model, its_cache, (tokens, start, slots, last, context) = tensors.restore(inputs)
+                return step.prefill(model, its_cache, tokens, start, slots, last, context)
 
             length = max(LEAST_LENGTHS, min(self.prefill_chunk, cache.max_seq_len))
             tokens = torch.zeros(1, length // 2, dtype=torch.int64, device=cache.keys[0].device)
@@ -179,10 +271,10 @@ class CompiledSteps:
             inputs = [*flat, tokens, one, one.clone(), one.clone(), torch.tensor(tokens.shape[1])]
             with self.ledger.phase("compile"):
                 program = self._program(
-                    "--compile-prefill", "prefill", traced, inputs, {len(flat): 1}, length, repr((plan, length))
+                    "--compile-prefill", "prefill", traced, inputs, {len(flat): {1: "T"}}, {"T": length}, repr(length)
                 )
-            self._prefills[plan] = lambda *rest: program([*flat, *rest])
-        return self._prefills[plan]
+            self._prefill = lambda *rest: program([*flat, *rest])
+        return self._prefill
 
     def _tensors(self, cache: KVCache) -> Tensors:
         return Tensors(tuple(name for name, _ in self.model.named_parameters()), self.model, cache.max_seq_len)
@@ -194,7 +286,7 @@ class CompiledSteps:
         function: Callable[..., Tensor],
         inputs: list[Tensor],
         dynamic: Dynamic,
-        largest: int,
+        largest: Largest,
         form: str,
     ) -> Program:
         """The compiled `function`, out of the cache if it is there and whole."""
@@ -205,7 +297,7 @@ class CompiledSteps:
         why = "nothing is kept here"
         if kept is not None:
             began = time.perf_counter()
-            if (program := _load_kept(kept, device)) is not None:
+            if (program := load_kept(kept, device)) is not None:
                 self.report(f"{what}: compiled before, loaded in {1000 * (time.perf_counter() - began):.0f} ms")
                 return program
             why = "what was kept is damaged" if kept.exists() else "not compiled before"
@@ -231,13 +323,16 @@ class CompiledSteps:
             self.report(f"what was compiled is not kept: {kept.parent}: {error.strerror}; the next run compiles again")
 
 
+def loads_packages() -> bool:
+    """torch 2.11 crashes when it loads a package that calls operators of ours; 2.12 was not tried."""
+    return tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
+
+
 def _backend(device: torch.device) -> Backend:
-    # torch 2.11 crashes when it loads a package that calls operators of ours; 2.12 was not tried.
-    loads_packages = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
-    return PACKAGE if device.type == "cpu" and loads_packages else ARTIFACT
+    return PACKAGE if device.type == "cpu" and loads_packages() else ARTIFACT
 
 
-def _load_kept(path: Path, device: torch.device) -> Program | None:
+def load_kept(path: Path, device: torch.device) -> Program | None:
     """A compiled step out of the cache; None if it is missing, damaged or does not load here."""
     try:
         if not is_whole(path):
@@ -259,8 +354,12 @@ def _failure(flag: str, compiler: str, error: Exception) -> str:
     )
 
 
-def _captured(program: Program, flat: list[Tensor], slots_B: Tensor, state: DecodeState) -> Callable[[Tensor], Tensor]:
-    """The step as one CUDA graph: a replay costs the host one launch. Its warm-up leaves no trace in the state."""
+def captured(
+    program: Program, flat: list[Tensor], slots_B: Tensor, state: DecodeState, pool: Any
+) -> Callable[[Tensor], Tensor]:
+    """The step as one CUDA graph: a replay costs the host one launch. Its warm-up leaves no trace in the state. pool:
+    of memory that graphs share which never run at once.
+    """
     slots = slots_B.clone()
     held = [state.tokens, state.positions, state.seen]
     saved = [tensor.clone() for tensor in held]
@@ -277,7 +376,7 @@ def _captured(program: Program, flat: list[Tensor], slots_B: Tensor, state: Deco
             restore()  # each time: the second run must not be one position further, past the end of the cache
     torch.cuda.current_stream(slots.device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         tokens_B = program([*flat, slots])
 
     def replay(slots_B: Tensor) -> Tensor:

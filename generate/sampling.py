@@ -85,14 +85,16 @@ class RowParams:
         )
 
 
-def sample(logits_BV: Tensor, positions_B: Tensor, params: RowParams, plan: SamplingPlan) -> Tensor:
+def sample(logits_BV: Tensor, positions_B: Tensor, params: RowParams | None, plan: SamplingPlan) -> Tensor:
     """One token a row, int64 [B]. The order is Transformers': temperature, top-k, top-p, min-p (penalties come before).
 
-    positions_B: the position in its sequence of the token that is sampled: the counter of the noise.
+    positions_B: the position in its sequence of the token that is sampled: the counter of the noise. params: of the
+    rows; a greedy plan needs none.
     """
     greedy_B = logits_BV.argmax(-1)
     if plan.greedy:
         return greedy_B
+    assert params is not None
     scaled_BV = scale(logits_BV, params.temperature)
     threshold_B = min_p_threshold(params.min_p)
     if plan.candidates:

@@ -1,4 +1,4 @@
-"""One request as the engine sees it: a Sequence of tokens with its status, and the RequestOutput of each step. Knows no
+"""One request as the engine sees it: a Sequence of tokens with its status, and the RequestOutput of each step. Uses no
 torch.
 """
 
@@ -8,6 +8,7 @@ from typing import Literal
 
 from config.settings import SamplingParams
 from generate.detokenizer import Detokenizer
+from generate.guide import Guide
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: an end-of-sequence token or a stop string. length: `max_new_tokens` or the context's end. abort: cancelled."""
@@ -35,6 +36,8 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     slot: int | None = None
     num_prefilled: int = 0
+    num_reused: int = 0
+    """Tokens of the prompt that the cache held already."""
     num_issued: int = 0
     token_ids: list[int] = field(default_factory=list)
     """Every generated token, the end-of-sequence token included."""
@@ -43,6 +46,8 @@ class Sequence:
     """When it was asked for, in seconds of `time.perf_counter`."""
     at_start: bool = False
     """What it makes begins a text, and nothing of that shows yet."""
+    guide: Guide | None = None
+    """What its tokens must keep to."""
     detokenizer: Detokenizer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,12 +59,26 @@ class Sequence:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely a token was, by the model alone: before temperature, filters, penalties and what a guide allows.
+
+    top: the likeliest tokens and their log-probabilities, likeliest first; as many as `SamplingParams.top_logprobs`.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class RequestOutput:
     """What one step gave one sequence. `text` is the text that can be shown now: it may be empty while a character or a
-    possible stop string is incomplete. The last output of a sequence, and only that, has a `finish_reason`.
+    possible stop string is incomplete. The last output of a sequence, and only that, has a `finish_reason`. logprobs:
+    one for each token, where they were asked for.
     """
 
     seq_id: int
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()

@@ -11,6 +11,7 @@ from typing import Literal
 from torch import nn
 
 from model.layers import Table
+from model.moe_experts import Stack
 
 Phase = Literal["load", "quantize", "compile"]
 
@@ -76,9 +77,15 @@ class Ledger:
 
 def weight_bytes_per_token(model: nn.Module) -> int:
     """Bytes of weights that one decode step reads: every parameter once, but one row of a table that is not also the
-    output layer's.
+    output layer's; of a layer's experts those that a token is sent to. (Several rows are sent to more.)
     """
+    stacks = {id(p): m for m in model.modules() if isinstance(m, Stack) for p in m.parameters(recurse=False)}
     tables = {id(p) for m in model.modules() if isinstance(m, Table) for p in m.parameters(recurse=False)}
     others = {id(p) for m in model.modules() if not isinstance(m, Table) for p in m.parameters(recurse=False)}
-    parameters = list(model.parameters())
-    return sum((p if id(p) in others or id(p) not in tables else p[0]).nbytes for p in parameters)
+
+    def read(p: nn.Parameter) -> int:
+        if (stack := stacks.get(id(p))) is not None:
+            return p.nbytes // stack.num_experts * stack.chosen
+        return (p if id(p) in others or id(p) not in tables else p[0]).nbytes
+
+    return sum(read(p) for p in model.parameters())

@@ -1,10 +1,11 @@
-"""One step of a model: prefill() and decode(), forward and sample, as free functions of tensors. These get compiled;
-they know no sequences, wait for nothing, and change nothing but the cache and the DecodeState that they are given.
+"""One step of a model: prefill() and decode(), forward and sample, and read(), which samples nothing, as free functions
+of tensors. These get compiled; they know no sequences, wait for nothing, and change nothing but the cache and the
+DecodeState that they are given.
 
 Shapes in names: B rows of a batch, T tokens, S slots, V vocabulary.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Protocol
 
 import torch
@@ -15,7 +16,7 @@ from model.kv_cache import KVCache
 
 
 class LanguageModel(Protocol):
-    """What a step asks of a model: `Transformer.forward`."""
+    """What a step asks of a model: `Transformer.forward`, and its two halves."""
 
     def __call__(
         self,
@@ -26,6 +27,12 @@ class LanguageModel(Protocol):
         context: int | Tensor,
         logits_at_B: Tensor | None = None,
     ) -> Tensor: ...
+
+    def hidden(
+        self, tokens_BT: Tensor, start_B: Tensor, cache: KVCache, slots_B: Tensor, context: int | Tensor
+    ) -> Tensor: ...
+
+    def logits(self, x_BTD: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -58,30 +65,50 @@ class DecodeState:
             seen=torch.zeros(num_slots, vocab_size, dtype=torch.bool, device=device),
         )
 
+    def tensors(self) -> list[Tensor]:
+        """All that it is made of, in a fixed order."""
+        params = [getattr(self.params, f.name) for f in fields(self.params)]
+        return [self.tokens, self.positions, self.advance, self.seen, *params]
+
+    def next_positions(self, slots_B: Tensor) -> Tensor:
+        """Where the tokens go that a decode step samples."""
+        return self.positions[slots_B] + self.advance[slots_B]
+
 
 def prefill(
     model: LanguageModel,
     cache: KVCache,
-    state: DecodeState,
     tokens_1T: Tensor,
     start_1: Tensor,
     slots_1: Tensor,
     last_1: Tensor,
     context: int | Tensor,
-    plan: SamplingPlan,
 ) -> Tensor:
-    """Reads one chunk of one prompt into the cache and samples the token after it, int64 [1].
+    """Reads one chunk of one prompt into the cache; the logits of the token after it, float32 [1, V].
 
     start_1: position of the chunk's first token. last_1: index in T of its last real token; what is right of it is
-    padding. context: start + T (a tensor on the CPU while the step is traced). After any chunk but the last the token
-    means nothing: give such a chunk the greedy plan, which leaves no trace of it that the next does not overwrite.
+    padding. context: start + T (a tensor on the CPU while the step is traced).
     """
-    logits_1V = model(tokens_1T, start_1, cache, slots_1, context, last_1)
-    return _sample_into(state, logits_1V, slots_1, start_1 + last_1 + 1, plan)
+    return model(tokens_1T, start_1, cache, slots_1, context, last_1)
 
 
-def decode(model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan) -> Tensor:
-    """Reads the newest token of each row and samples the next, int64 [B]. All arguments are the same from step to step.
+def read(
+    model: LanguageModel, cache: KVCache, tokens_BT: Tensor, start_B: Tensor, slots_B: Tensor, context: int | Tensor
+) -> Tensor:
+    """Reads tokens of many rows into the cache; what `model.logits` makes logits of, [B, T, D]. Shorter rows are padded
+    on the right.
+
+    start_B: position of each row's first token. context: max(start_B) + T (a tensor on the CPU while the step is
+    traced).
+    """
+    return model.hidden(tokens_BT, start_B, cache, slots_B, context)
+
+
+def decode(
+    model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan | None
+) -> Tensor:
+    """Reads the newest token of each row and samples the next, int64 [B]; without a plan the logits that it is to be
+    sampled from, float32 [B, V]. All arguments are the same from step to step.
 
     slots_B: the slot of each row; only the scratch slot may come more than once.
     """
@@ -90,17 +117,17 @@ def decode(model: LanguageModel, cache: KVCache, state: DecodeState, slots_B: Te
     logits_BV = model(
         state.tokens[slots_B][:, None], positions_B, cache, slots_B, cache.max_seq_len, torch.zeros_like(slots_B)
     )
-    return _sample_into(state, logits_BV, slots_B, positions_B + state.advance[slots_B], plan)
+    return logits_BV if plan is None else choose(state, logits_BV, slots_B, state.next_positions(slots_B), plan)
 
 
-def _sample_into(
+def choose(
     state: DecodeState, logits_BV: Tensor, slots_B: Tensor, positions_B: Tensor, plan: SamplingPlan
 ) -> Tensor:
-    """Samples the tokens at `positions_B` and notes them in the state."""
-    params = state.params.at(slots_B)
+    """Samples the tokens at `positions_B`, int64 [B], and notes them in the state."""
     if plan.penalties:
-        logits_BV = penalize(logits_BV, state.seen[slots_B], params.repetition_penalty)
-    tokens_B = sample(logits_BV, positions_B, params, plan)
+        logits_BV = penalize(logits_BV, state.seen[slots_B], state.params.repetition_penalty[slots_B])
+    # Each parameter of the rows is a kernel of its own: none is looked up that is not needed.
+    tokens_B = sample(logits_BV, positions_B, None if plan.greedy else state.params.at(slots_B), plan)
     if plan.penalties:
         # Not `= True`: a constant of its own would be an input that nobody passes to the compiled step.
         state.seen[slots_B, tokens_B] = torch.ones_like(tokens_B, dtype=torch.bool)

@@ -23,9 +23,14 @@ from generate.stats import Ledger
 from model.config import ModelConfig, from_hf
 from model.kv_cache import KVCache
 from model.transformer import Transformer
+from quant.convert import Quantizer
+from quant.experts import QuantizedExpertLinear
+from quant.formats import Format
+from quant.schemes import SCHEMES, Arguments
 from tests.generate.scripted import StandIn, Utf8Tokenizer, run
 
 ROOT = Path(__file__).parent.parent.parent
+CPU = torch.device("cpu")
 VOCAB, CHUNK, MAX_SEQ_LEN = 97, 8, 48
 LENGTHS = (1, 2, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 1)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=12)
@@ -58,6 +63,7 @@ def make_engine(
     prefill: bool = True,
     max_num_seqs: int = 2,
     max_seq_len: int = MAX_SEQ_LEN,
+    every_batch: bool = False,
 ) -> Engine:
     weight, ledger = model.norm.weight, Ledger()
     steps = CompiledSteps(
@@ -77,8 +83,10 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         prefill_chunk=CHUNK,
         prefill_fn=steps.prefill,
+        read_fn=steps.read,
         decode_fn=steps.decode,
         prepare_fn=steps.prepare if compiled else None,
+        every_batch=every_batch,
         ledger=ledger,
     )
 
@@ -97,12 +105,12 @@ def compiles(told: list[str]) -> int:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Engine, list[str]]:
-    """A directory with the four forms that `requests` need, the engine that compiled them, and what it told."""
+    """A directory with the three forms that `requests` need, the engine that compiled them, and what it told."""
     told: list[str] = []
     directory = tmp_path_factory.mktemp("kept")
     engine = make_engine(make_model(), directory, told.append)
     for params in (GREEDY, FILTERED):
-        engine.prepare(params, max(LENGTHS))
+        engine.prepare(params)
     return directory, engine, told
 
 
@@ -114,8 +122,8 @@ def test_compiled_equals_eager_at_every_length(kept: tuple[Path, Engine, list[st
     assert len({tuple(tokens) for tokens, _, _ in expected}) == len(
         LENGTHS
     )  # different texts, so that they say something
-    assert compiles(told) == 4  # two forms of prefill and two of decode, and none for a length
-    assert all(line.startswith(("prefill: ", "decode, batch 2: ")) for line in told)
+    assert compiles(told) == 3  # one form of prefill and two of decode, and none for a length
+    assert all(line.startswith(("prefill: ", "decode, batches: ")) for line in told)
 
 
 def test_what_was_compiled_serves_the_next_run_and_other_weights(kept: tuple[Path, Engine, list[str]]) -> None:
@@ -123,13 +131,12 @@ def test_what_was_compiled_serves_the_next_run_and_other_weights(kept: tuple[Pat
     model = make_model(seed=1)
     began = time.perf_counter()
     engine = make_engine(model, kept[0], told.append)
-    engine.prepare(FILTERED, max(LENGTHS))
+    engine.prepare(FILTERED)
     assert time.perf_counter() - began < 3
     assert run(engine, *requests(FILTERED)) == run(make_engine(model, compiled=False), *requests(FILTERED))
     assert [line.partition(", loaded in")[0] for line in told] == [
         "prefill: compiled before",
-        "prefill: compiled before",
-        "decode, batch 2: compiled before",
+        "decode, batches: compiled before",
     ]
     assert engine.ledger.phase_s["compile"] > 0
 
@@ -138,7 +145,7 @@ def test_kept_files_are_private_whole_and_nothing_else(kept: tuple[Path, Engine,
     directory = kept_in(kept[0])
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     files = sorted(directory.iterdir())
-    assert len(files) == 8
+    assert len(files) == 6
     assert {path.suffix for path in files} == {".pt2", ".sha256"}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
 
@@ -150,9 +157,45 @@ def test_artifacts_equal_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     small = [(prompt, replace(params, max_new_tokens=4)) for prompt, params in requests(FILTERED)]
     first = run(make_engine(make_model(), tmp_path, told.append), *small)
     assert first == run(make_engine(make_model(), compiled=False), *small)
-    assert compiles(told) == 3  # two forms of prefill, for a last chunk and for those before it, and one of decode
+    assert compiles(told) == 2  # one form of prefill, and decoding up to the logits: nothing was prepared
     assert run(make_engine(make_model(), tmp_path, told.append), *small) == first
-    assert compiles(told) == 3
+    assert compiles(told) == 2
+
+
+EXPERTS = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "num_hidden_layers": 2, "num_experts": 5,
+    "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True, "head_dim": 8,
+}  # fmt: skip
+
+
+def model_of_experts(device: str = "cpu", dtype: torch.dtype = torch.float32) -> Transformer:
+    """A layer of experts, and one of experts in 8 bits."""
+    model = make_model(**EXPERTS)
+    experts = model.layers[1].feed_forward.experts
+    for name in ("gate_up_proj", "down_proj"):
+        plain = experts.get_submodule(name)
+        quantized = QuantizedExpertLinear(5, 2, *plain.weight.shape, Format("int", 8, 0, False), dtype, CPU)
+        Quantizer(SCHEMES["linear:int8"], Arguments(8, 0)).fill(quantized, [plain.weight.to(dtype)])
+        setattr(experts, name, quantized)
+    return model.to(device, dtype).requires_grad_(False)
+
+
+@pytest.mark.slow  # compiles two forms, each ten seconds
+def test_compiled_experts_equal_eager_ones(tmp_path: Path) -> None:
+    """Which experts a step reads is found out in it; and several sequences at once are those sequences alone."""
+    told: list[str] = []
+    model, prompts = model_of_experts(), requests(GREEDY)
+    expected = run(make_engine(model, compiled=False), *prompts)
+    assert run(make_engine(model, tmp_path, told.append, max_num_seqs=1), *prompts) == expected
+    assert compiles(told) == 2  # one form of prefill and one of decode
+
+
+@pytest.mark.gpu
+def test_compiled_experts_equal_eager_ones_on_cuda(tmp_path: Path) -> None:
+    model, prompts = model_of_experts("cuda"), requests(GREEDY)
+    expected = run(make_engine(model, compiled=False), *prompts)
+    assert run(make_engine(model, tmp_path), *prompts) == expected
+    assert run(make_engine(model, compiled=False, max_num_seqs=1), *prompts) == expected
 
 
 @pytest.mark.gpu
@@ -187,7 +230,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> StandIn:
 def prepared(cache_dir: Path | None, model: Transformer | None = None, params=GREEDY, **options) -> list[str]:
     """What a new engine tells while it prepares for a short prompt."""
     told: list[str] = []
-    make_engine(make_model() if model is None else model, cache_dir, told.append, **options).prepare(params, 3)
+    make_engine(make_model() if model is None else model, cache_dir, told.append, **options).prepare(params)
     return told
 
 
@@ -248,7 +291,7 @@ def test_without_a_cache_it_works_and_says_so(stand_in: StandIn) -> None:
     told: list[str] = []
     engine = make_engine(make_model(), None, told.append, prefill=False)
     assert run(engine, *requests(GREEDY)) == run(make_engine(make_model(), compiled=False), *requests(GREEDY))
-    assert told[0] == "decode, batch 2: nothing is kept here; compiling, which takes a while"
+    assert told[0] == "decode, batches: nothing is kept here; compiling, which takes a while"
     assert len(told) == 2
 
 
@@ -278,7 +321,7 @@ def test_the_key_is_everything_that_matters(tmp_path: Path, stand_in: StandIn, m
     for vary in variations:
         vary()
     assert number_of_keys() == len(variations)
-    for name, other in (("torch.get_num_threads", lambda: 77), ("generate.artifacts._sources", lambda: "other")):
+    for name, other in (("torch.get_num_threads", lambda: 77), ("generate.artifacts.step_sources", lambda: "other")):
         monkeypatch.setattr(name, other)
         before = number_of_keys()
         prepared(tmp_path, prefill=False)
@@ -404,7 +447,7 @@ def test_a_steps_sources_are_all_in_the_key() -> None:
     """
     apart = ("config.", "model.config", "quant.native")
     reached: set[str] = set()
-    todo = ["generate.step", "generate.backends", "model.transformer", "quant.modules"]
+    todo = ["generate.step", "generate.backends", "model.transformer", "quant.experts", "quant.modules"]
     while todo:
         module = todo.pop()
         path = ROOT / f"{module.replace('.', '/')}.py"
@@ -418,6 +461,6 @@ def test_a_steps_sources_are_all_in_the_key() -> None:
                 todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
     sources = {f"{module.replace('.', '/')}.py" for module in reached}
     # What flattens the tensors and names the keys, and the class of the configurations with its derived figures.
-    beside = {"generate/artifacts.py", "generate/compilation.py", "model/config_types.py"}
+    beside = {"generate/artifacts.py", "generate/compilation.py", "generate/exported.py", "model/config_types.py"}
     assert sources | beside == set(STEP_SOURCES)
     assert not any(word in name for name in STEP_SOURCES for word in ("tokenizer", "loader", "default", "config_hf"))

@@ -22,15 +22,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from torch import nn
 
-from cli.builder import RANDOM_PERIOD, Prepared, RandomParameter, load_model, make_engine, meta_model, prepare
+from cli.builder import Prepared, load_model, make_engine, meta_model, prepare
 from cli.measure import GREEDY, ROOM, fill_cache, measure_decode, measure_machine
 from cli.quantize import HELD_OUT, MAX_RECEIPT_TOKENS
+from cli.random_weights import RANDOM_PERIOD, RandomParameter, idle_norms
 from config.errors import UserError
 from config.settings import BuildSettings, Setting
 from generate.score import Resident, Windows, compare, perplexity
 from generate.stats import Ledger, weight_bytes_per_token
 from model.device import device_name, give_back_freed_memory
-from model.layers import RMSNorm
 from model.loader import fill_parameters
 from model.transformer import Transformer
 from quant.apply import replace_modules
@@ -116,8 +116,8 @@ class Run:
             settings = dataclasses.replace(known.settings, compile=compiled)
             mine = dataclasses.replace(known, settings=settings, ledger=Ledger(weight_bytes_per_token=nbytes))
             with tempfile.TemporaryDirectory(prefix="torchchat-bench-") as directory:
-                engine = make_engine(mine, model, self.args.context + ROOM, Path(directory))
-                engine.prepare(GREEDY, 1)
+                engine = make_engine(mine, model, self.args.context + ROOM, self.args.keep or Path(directory))
+                engine.prepare(GREEDY)
                 fill_cache(engine.cache)
                 rate = measure_decode(engine, self.args.context, 1, self.args.repeats, lambda: None)
             result["compiled_tok_s" if compiled else "eager_tok_s"] = rate.tok_s
@@ -140,12 +140,7 @@ def random_model(prepared: Prepared) -> Transformer:
         torch.uint8: bytes_.to(device),
         torch.int8: bytes_.view(torch.int8).to(device),
     }
-    values = {
-        id(parameter): 0.0 if module.plus_one else 1.0
-        for module in model.modules()
-        if isinstance(module, RMSNorm)
-        for parameter in module.parameters(recurse=False)
-    }
+    values = idle_norms(model)
 
     def source(name: str, meta: nn.Parameter) -> RandomParameter:
         pattern = patterns.get(meta.dtype, patterns[dtype])  # what is not quantized is float32 on the meta device
@@ -217,6 +212,7 @@ def main() -> int:
     parser.add_argument(
         "--only", action="append", metavar="KEY", help="the row KEY, or those that begin so; may be repeated"
     )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep what is compiled there, for another run")
     parser.add_argument("--no-compile", action="store_true", help="time eager steps alone")
     parser.add_argument("--no-quality", action="store_true", help="leave out perplexity, KL divergence and top-1")
     parser.add_argument("--no-speed", action="store_true", help="leave out tokens a second")

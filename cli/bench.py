@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.console import Progress, describe_build, human_bytes, status, warn
+from cli.hub import locate
 from cli.options import add_model_arguments, build_settings, whole_number
 from config.errors import UserError
-from config.registry import resolve
 from config.settings import MAX_COUNT, BuildSettings, shorten
 
 if TYPE_CHECKING:  # only their names: this module is imported for --help, which must not wait for torch
@@ -90,19 +90,24 @@ def counts(high: int) -> Callable[[str], tuple[int, ...]]:
 def run(args: argparse.Namespace) -> int:
     """Run the command; 0, or 130 after Ctrl-C, which leaves the rows that are there. Raises UserError."""
     settings = _settings(args)
-    resolve(settings.model, random_weights=settings.random_weights)  # a wrong name is told at once
+    locate(settings.model, random_weights=settings.random_weights)  # a wrong name is told at once
 
     # Torch from here on.
     from cli.bench_report import Report
     from cli.builder import out_of_memory, prepare
     from cli.explain_report import show_explanation
+    from cli.exported import sequences_of
 
     prepared = prepare(settings)
+    if prepared.package is not None:
+        sequences_of(prepared.package, max(args.batch), "--batch")
     plan = Plan.of(args, prepared)
     if args.explain:
         return show_explanation(prepared, plan.max_seq_len, max(plan.batches), as_json=args.json)
     _check_memory(prepared, plan)
     status(describe_build(prepared.settings, prepared.device, prepared.dtype, prepared.plan))
+    for remark in prepared.remarks():
+        status(remark)
     report = Report(prepared, plan.max_seq_len, plan.repeats, show=not args.json)
     try:
         with out_of_memory(prepared, plan.max_seq_len):
@@ -222,14 +227,14 @@ def _engine(
         max_num_seqs=batch,
         compile_prefill=prepared.settings.compile_prefill and batch == plan.batches[0],
     )
-    compiles = settings.compile or settings.compile_prefill
+    compiles = (settings.compile or settings.compile_prefill) and prepared.package is None
     seconds = []
     for _ in range(2 if compiles else 1):
         ledger = Ledger(weight_bytes_per_token=prepared.ledger.weight_bytes_per_token)
         mine = dataclasses.replace(prepared, settings=settings, ledger=ledger)
         engine = None  # its cache is freed before the next one is made
         engine = make_engine(mine, model, plan.max_seq_len, cache)
-        engine.prepare(GREEDY, max(plan.prefill))
+        engine.prepare(GREEDY)
         seconds.append(ledger.phase_s["compile"])
     if compiles:
         report.compiled(batch, *seconds)

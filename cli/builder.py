@@ -13,13 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from cli import exported, pte
 from cli.console import Progress, cache_dir_or_say, status, warn
+from cli.hub import locate
+from cli.pte import Pte
+from cli.random_weights import fill_random
 from config.errors import UserError
-from config.registry import resolve
 from config.settings import BuildSettings, SamplingParams
 from generate.artifacts import check_can_compile
 from generate.compilation import CompiledSteps
 from generate.engine import Engine
+from generate.executorch import Program
 from generate.scheduler import slots_needed
 from generate.stats import Ledger, weight_bytes_per_token
 from model.chat_template import ChatTemplate, load_chat_template
@@ -32,9 +36,10 @@ from model.device import (
     resolve_device,
     resolve_dtype,
 )
+from model.export import Package
+from model.gguf_within import sampling_within, types_within
 from model.kv_cache import KVCache
-from model.layers import RMSNorm
-from model.loader import NOT_MAPPED, Mapped, Source, SourceOf, TakeWeight, fill_parameters, load_weights
+from model.loader import Source, SourceOf, TakeWeight, fill_parameters, load_weights
 from model.saved import saved_sources
 from model.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from model.transformer import Transformer
@@ -49,8 +54,6 @@ DEFAULT_CONTEXT = 4096
 PREFILL_CHUNK = {"cpu": 512, "mps": 512, "cuda": 2048}
 GIVE_BACK_EVERY = 2**26
 """So many weights are quantized before what that left of the memory in pieces is given back."""
-RANDOM_STD = 0.02
-RANDOM_PERIOD = 1_000_003  # prime: no two rows of a matrix repeat each other
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,25 @@ class Prepared:
     """What is quantized how; None: nothing is."""
     stored: Stored | None = None
     """What the directory says, where the weights are quantized already; `settings` then have its recipe."""
+    package: Package | None = None
+    """Where the model is exported: its weights and compiled steps; `settings` then say what it was exported with."""
+    pte: Pte | None = None
+    """Where it is exported for ExecuTorch."""
+
+    def remarks(self) -> list[str]:
+        """What a person may not expect of how it is quantized now, or of a package."""
+        if self.package is not None:
+            return exported.remarks(self.package)
+        if self.pte is not None:
+            return pte.remarks(self.pte)
+        if self.stored is not None:
+            return []
+        path = None if self.settings.random_weights else self.path
+        types = [] if path is None else types_within(path)
+        undone = [f"its {' and '.join(types)} weights are decoded to {self.dtype.name}"] if types else []
+        if undone and self.plan is None:
+            undone[0] += "; --quantize keeps them small (see docs/quantization.md)"
+        return [*undone, *(self.plan.remarks() if self.plan is not None else ())]
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ class Built:
     """An engine that is ready to run, and what it was built from."""
 
     engine: Engine
-    model: Transformer
+    model: Transformer | Program
     prepared: Prepared
 
     @property
@@ -94,10 +116,14 @@ def prepare(settings: BuildSettings, *, needs_tokenizer: bool = True) -> Prepare
     a tokenizer unless it needs none.
     """
     ledger = Ledger()
-    with ledger.phase("load"):
-        model = resolve(settings.model, random_weights=settings.random_weights)
-        if model.path is not None:
-            config = load_config(model.path)
+    model = locate(settings.model, random_weights=settings.random_weights)
+    with (
+        ledger.phase("load"),
+        exported.contents(settings, model.path) as (settings, path, package),
+        pte.contents(settings, path) as (settings, path, program),
+    ):
+        if path is not None:
+            config = load_config(path)
         else:
             assert model.entry is not None
             config = from_hf(model.entry.config, f"the registry's {model.name}")
@@ -107,25 +133,27 @@ def prepare(settings: BuildSettings, *, needs_tokenizer: bool = True) -> Prepare
                 f"that {model.name} was made for"
             )
         stored = None
-        if model.path is not None and not settings.random_weights:
-            stored = read_stored(model.path)
+        if path is not None and not settings.random_weights:
+            stored = read_stored(path)
         if stored is not None:
             settings = _as_stored(settings, stored)
         device = resolve_device(settings.device)
         dtype = resolve_dtype(settings.dtype, device.device, stored.dtype if stored is not None else None)
-        if settings.compile or settings.compile_prefill:
+        if (settings.compile or settings.compile_prefill) and package is None:
             check_can_compile(cache_dir_or_say())
         tokenizer = template = None
         sampling = SamplingParams()
-        if model.path is not None and not settings.random_weights:
-            if needs_tokenizer or has_tokenizer(model.path):
-                tokenizer = load_tokenizer(model.path, config)
-                template = load_chat_template(model.path, tokenizer)
-            sampling = _recommended_sampling(model.path)
+        if path is not None and not settings.random_weights:
+            if needs_tokenizer or has_tokenizer(path):
+                tokenizer = load_tokenizer(path, config)
+                template = load_chat_template(path, tokenizer, config, model.name)
+            sampling = _recommended_sampling(path)
+            give_back_freed_memory()  # a vocabulary takes ten times more while it is read
         plan = plan_of(settings, config, device, dtype)
     return Prepared(
-        settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger, plan, stored
-    )
+        settings, model.name, model.path, config, device, dtype, tokenizer, template, sampling, ledger, plan, stored,
+        package, program,
+    )  # fmt: skip
 
 
 def _as_stored(settings: BuildSettings, stored: Stored) -> BuildSettings:
@@ -163,108 +191,82 @@ def context_length(prepared: Prepared, wanted: int = 0) -> int:
     return min(prepared.config.max_position_embeddings, max(DEFAULT_CONTEXT, rounded))
 
 
-def build(prepared: Prepared, max_seq_len: int | None = None) -> Built:
-    """Weights, cache and engine. `max_seq_len`: positions of the cache, by default `context_length(prepared)`."""
+def build(prepared: Prepared, max_seq_len: int | None = None, *, serves: bool = False) -> Built:
+    """Weights, cache and engine. `max_seq_len`: positions of the cache, by default `context_length(prepared)`. serves:
+    as in `make_engine`.
+    """
     length = context_length(prepared) if max_seq_len is None else max_seq_len
+    if prepared.pte is not None:
+        return Built(pte.engine_of(prepared, prepared.pte), prepared.pte.program, prepared)
     model = load_model(prepared, length)
-    return Built(make_engine(prepared, model, length, cache_dir_or_say()), model, prepared)
+    return Built(make_engine(prepared, model, length, cache_dir_or_say(), serves=serves), model, prepared)
 
 
 def load_model(prepared: Prepared, max_seq_len: int) -> Transformer:
     """The weights alone, for engines with a context of `max_seq_len`. Raises UserError."""
     with out_of_memory(prepared, max_seq_len), prepared.ledger.phase("load"):
-        model = _load(prepared)
-        _make_products_ready(prepared)
+        if prepared.package is not None:
+            model = exported.load_model(prepared.package, _planned(prepared), prepared.device.device)
+        else:
+            model = _load(prepared)
+            _make_products_ready(prepared)
     prepared.ledger.weight_bytes_per_token = weight_bytes_per_token(model)
     return model
 
 
-def make_engine(prepared: Prepared, model: Transformer, max_seq_len: int, keep_in: Path | None) -> Engine:
-    """An engine for a model that is loaded, with a cache of its own. What it compiles is kept in `keep_in`."""
+def make_engine(
+    prepared: Prepared, model: Transformer, max_seq_len: int, keep_in: Path | None, *, serves: bool = False
+) -> Engine:
+    """An engine for a model that is loaded, with a cache of its own. What it compiles is kept in `keep_in`. serves:
+    how many sequences there are changes all the time, so that each batch size is worth a compiled step of its own.
+    """
+    if prepared.pte is not None:
+        return pte.engine_of(prepared, prepared.pte)
     settings, config, ledger = prepared.settings, prepared.config, prepared.ledger
-    device, dtype = prepared.device.device, prepared.dtype.dtype
+    device, dtype, package = prepared.device.device, prepared.dtype.dtype, prepared.package
+    sequences = settings.max_num_seqs
+    if package is not None:
+        exported.sequences_of(package, sequences)
+        sequences = package.metadata.max_num_seqs
+    chunk = PREFILL_CHUNK[device.type] if package is None else package.metadata.prefill_chunk
     with out_of_memory(prepared, max_seq_len), ledger.phase("load"):
-        cache = KVCache.create(config, slots_needed(settings.max_num_seqs), max_seq_len, device, dtype)
-    steps = CompiledSteps(
+        cache = KVCache.create(config, slots_needed(sequences), max_seq_len, device, dtype)
+        exported_steps = None if package is None else exported.steps(package, model, device)
+    steps = exported_steps or CompiledSteps(
         model,
         compile_decode=settings.compile,
         compile_prefill=settings.compile_prefill,
-        prefill_chunk=PREFILL_CHUNK[device.type],
+        prefill_chunk=chunk,
         cache_dir=keep_in,
         ledger=ledger,
         report=status,
     )
-    compiled = settings.compile or settings.compile_prefill
-    tokenizer_eos = prepared.tokenizer.eos_ids if prepared.tokenizer is not None else frozenset()
+    prepares = steps.captures or (package is None and (settings.compile or settings.compile_prefill))
     return Engine(
         model,
         cache,
         prepared.tokenizer,
         vocab_size=config.vocab_size,
-        eos_ids=tokenizer_eos | frozenset(config.eos_token_ids),
+        eos_ids=eos_ids(prepared),
         max_num_seqs=settings.max_num_seqs,
-        prefill_chunk=PREFILL_CHUNK[device.type],
+        prefill_chunk=chunk,
         prefill_fn=steps.prefill,
         decode_fn=steps.decode,
-        prepare_fn=steps.prepare if compiled or steps.captures else None,
+        read_fn=steps.read,
+        prepare_fn=steps.prepare if prepares else None,
+        every_batch=serves or not prepares,
         ledger=ledger,
     )
 
 
-@dataclass(frozen=True)
-class RandomParameter:
-    """A parameter of N(0, 0.02), the same each time; a norm's passes through what it is given. A short pattern is
-    repeated, so that it takes no longer than writing the memory.
-    """
-
-    pattern: torch.Tensor
-    shape: torch.Size
-    value: float | None
-    """Of all its numbers, in place of the pattern."""
-    mapped: Mapped = NOT_MAPPED
-
-    def whole(self) -> torch.Tensor:
-        return next(self.blocks(self.shape[0]))
-
-    def blocks(self, rows: int) -> Iterator[torch.Tensor]:
-        row = self.shape[1:].numel()
-        for start in range(0, self.shape[0], rows):
-            stop = min(self.shape[0], start + rows)
-            block = self.pattern.new_empty((stop - start, *self.shape[1:]))
-            yield block.fill_(self.value) if self.value is not None else self._repeat(block, start * row)
-
-    def _repeat(self, block: torch.Tensor, at: int) -> torch.Tensor:
-        flat, period = block.view(-1), len(self.pattern)
-        done = 0
-        while done < len(flat):
-            begin = (at + done) % period
-            count = min(len(flat) - done, period - begin)
-            flat[done : done + count] = self.pattern[begin : begin + count]
-            done += count
-        return block
-
-
-def fill_random(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, take: TakeWeight | None = None
-) -> None:
-    """Gives every parameter of a model on the meta device small random values, the same each time."""
-    generator = torch.Generator().manual_seed(0)
-    pattern = (torch.randn(RANDOM_PERIOD, generator=generator) * RANDOM_STD).to(device, dtype)
-    norms = {
-        id(parameter): 0.0 if module.plus_one else 1.0
-        for module in model.modules()
-        if isinstance(module, RMSNorm)
-        for parameter in module.parameters(recurse=False)
-    }
-
-    def source(name: str, meta: nn.Parameter) -> RandomParameter:
-        return RandomParameter(pattern, meta.shape, norms.get(id(meta)))
-
-    fill_parameters(model, source, take=take)
+def eos_ids(prepared: Prepared) -> frozenset[int]:
+    """The tokens that end what the model says."""
+    of_tokenizer = prepared.tokenizer.eos_ids if prepared.tokenizer is not None else frozenset()
+    return of_tokenizer | frozenset(prepared.config.eos_token_ids)
 
 
 def _load(prepared: Prepared) -> Transformer:
-    device, dtype = prepared.device.device, prepared.dtype.dtype
+    dtype = prepared.dtype.dtype
     if prepared.stored is not None:
         return _load_stored(prepared)
     model = meta_model(prepared.config)
@@ -272,29 +274,33 @@ def _load(prepared: Prepared) -> Transformer:
     total = sum(sizes.values()) * dtype.itemsize
     doing = "loading" if prepared.plan is None else "loading and quantizing"
     with Progress(f"{doing} {prepared.name}", total, in_bytes=True) as progress:
-        take = None
-        if prepared.plan is not None:
-
-            quantized = 0
-
-            def count(numbers: int) -> None:
-                nonlocal quantized
-                progress.advance(numbers * dtype.itemsize)
-                quantized += numbers
-                if quantized >= GIVE_BACK_EVERY:
-                    give_back_freed_memory()
-                    quantized = 0
-
-            quantize = QuantizeOnLoad(model, prepared.plan, device, dtype, count)
-
-            def take(name: str, module: nn.Module, source: Source) -> bool:
-                with prepared.ledger.phase("quantize"):
-                    return quantize(name, module, source)
-
+        take = None if prepared.plan is None else _quantizing(prepared, prepared.plan, model, progress)
         fill(prepared, model, lambda name: progress.advance(sizes[name] * dtype.itemsize), take)
     if prepared.plan is not None:
         give_back_freed_memory()
     return model
+
+
+def _quantizing(prepared: Prepared, plan: Plan, model: Transformer, progress: Progress) -> TakeWeight:
+    """Quantizes what the plan names, with progress, on the ledger's own account."""
+    dtype = prepared.dtype.dtype
+    freed = 0
+
+    def count(numbers: int) -> None:
+        nonlocal freed
+        progress.advance(numbers * dtype.itemsize)
+        freed += numbers
+        if freed >= GIVE_BACK_EVERY:
+            give_back_freed_memory()
+            freed = 0
+
+    quantize = QuantizeOnLoad(model, plan, prepared.device.device, dtype, count)
+
+    def take(name: str, module: nn.Module, source: Source) -> bool:
+        with prepared.ledger.phase("quantize"):
+            return quantize(name, module, source)
+
+    return take
 
 
 def fill(
@@ -333,8 +339,7 @@ def stored_model(prepared: Prepared, path: Path) -> tuple[Transformer, SourceOf]
     """The quantized model on the meta device, and where in the directory `path` its parameters are; all is checked."""
     assert prepared.stored is not None
     assert prepared.plan is not None
-    model = meta_model(prepared.config)
-    replace_modules(model, prepared.plan, prepared.dtype.dtype)
+    model = _planned(prepared)
     source_of = saved_sources(
         model,
         path,
@@ -344,6 +349,14 @@ def stored_model(prepared: Prepared, path: Path) -> tuple[Transformer, SourceOf]
         prepared.stored.metadata(),
     )
     return model, source_of
+
+
+def _planned(prepared: Prepared) -> Transformer:
+    """The model as it will be, without its weights."""
+    model = meta_model(prepared.config)
+    if prepared.plan is not None:
+        replace_modules(model, prepared.plan, prepared.dtype.dtype)
+    return model
 
 
 def meta_model(config: ModelConfig) -> Transformer:
@@ -369,7 +382,9 @@ def out_of_memory(prepared: Prepared, length: int) -> Iterator[None]:
 
 
 def _recommended_sampling(path: Path) -> SamplingParams:
-    """generation_config.json beside the weights, if it is there."""
+    """generation_config.json beside the weights, if it is there; for a GGUF file what it says."""
+    if (within := sampling_within(path)) is not None:
+        return SamplingParams.from_generation_config(within, str(path))
     file = (path if path.is_dir() else path.parent) / "generation_config.json"
     if not file.is_file():
         return SamplingParams()

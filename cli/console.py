@@ -1,14 +1,19 @@
 """What a person sees in a terminal: lines on stderr, a progress line, streamed text. Knows nothing of models."""
 
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from config.cache import cache_dir, cache_location
+from config.registry import PTE_ENDING
 from config.settings import BuildSettings
 
 if TYPE_CHECKING:  # only their names: this module is imported for --help, which must not wait for torch
@@ -21,7 +26,7 @@ CONTROLS = {code: "�" for code in (*range(32), *range(127, 160)) if chr(code) 
 
 def warn(text: str) -> None:
     """One line for a person on stderr, so that stdout holds the result alone."""
-    print(f"torchchat: {_one_line(text)}", file=sys.stderr, flush=True)
+    print(wrapped(f"torchchat: {_one_line(text)}", sys.stderr), file=sys.stderr, flush=True)
 
 
 def print_error(text: str) -> None:
@@ -31,7 +36,7 @@ def print_error(text: str) -> None:
 
 def status(text: str) -> None:
     """A line about what goes on; dimmed where the terminal has colours."""
-    line = f"torchchat: {_one_line(text)}"
+    line = wrapped(f"torchchat: {_one_line(text)}", sys.stderr)
     print(f"\x1b[2m{line}\x1b[0m" if has_colour(sys.stderr) else line, file=sys.stderr, flush=True)
 
 
@@ -52,6 +57,26 @@ def _one_line(text: str) -> str:
     return " ".join(text.split()).translate(CONTROLS)
 
 
+def wrapped(line: str, stream: TextIO, indent: int = 0) -> str:
+    """A line that is wider than the terminal as several that end between words, all but the first behind `indent`
+    blanks. What goes elsewhere stays one line.
+    """
+    if not stream.isatty():
+        return line
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns
+    except OSError:
+        return line
+    if len(line) <= width or width < indent + 20:
+        return line
+    import textwrap
+
+    found = textwrap.wrap(
+        line, width, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(found)
+
+
 def has_colour(stream: TextIO) -> bool:
     """Whether escape sequences are welcome: a terminal, not a dumb one, and nobody has set NO_COLOR."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
@@ -62,12 +87,13 @@ def describe_build(
 ) -> str:
     """What was chosen and why: "default · cpu (fast: no cuda, no mps) · bf16 (--dtype) · eager · unquantized"."""
     parts = [part for part, on in (("decode", settings.compile), ("prefill", settings.compile_prefill)) if on]
+    model_is_pte = settings.model.endswith(PTE_ENDING) and not settings.random_weights
     return " · ".join(
         (
             f"{settings.model}, random weights" if settings.random_weights else settings.model,
             f"{device.device.type} ({device.why})",
             f"{dtype.name} ({dtype.why})",
-            f"compiled {' and '.join(parts)}" if parts else "eager",
+            f"compiled {' and '.join(parts)}" if parts else "ExecuTorch" if model_is_pte else "eager",
             f"quantized: {plan.describe()}" if plan is not None else "unquantized",
         )
     )
@@ -80,6 +106,25 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+@contextmanager
+def interruptible() -> Iterator[list[int]]:
+    """The first Ctrl-C only fills the list, so that no step is left half done; the second is a KeyboardInterrupt."""
+    signals: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class TextWriter:

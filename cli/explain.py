@@ -17,7 +17,8 @@ from cli.needs import Needs, needs_of
 from config.settings import shorten
 from model import layers
 from model.device import known_bandwidth
-from quant import ops
+from model.moe_experts import ExpertLinear
+from quant import experts, ops
 from quant.plan import Assignment
 from quant.receipt import Receipt
 from quant.recipe import READY_MADE, Entry, read_recipe
@@ -183,24 +184,29 @@ def _layers(prepared: Prepared) -> Iterable[Layer]:
     for name, module in meta_model(prepared.config).named_modules():
         assignment = None if plan is None else plan.assignment(name)
         if assignment is not None:
-            yield _quantized(assignment, isinstance(module, layers.Table), prepared)
+            yield _quantized(assignment, module, prepared)
         for key, parameter in module.named_parameters(recurse=False):
             if assignment is not None and key == "weight":
                 continue
             full = f"{name}.{key}".removesuffix(".weight")
             twin = first.setdefault(id(parameter), full)
             by = LOOKED_UP if isinstance(module, layers.Table) else "PyTorch"
-            if isinstance(module, nn.Linear) and key == "weight":
+            if isinstance(module, (nn.Linear, ExpertLinear)) and key == "weight":
                 by = plain
             nbytes = parameter.numel() * dtype.dtype.itemsize if twin == full else 0
             note = "" if twin == full else f"one copy with {twin}"
             yield Layer(full, tuple(parameter.shape), dtype.name, (), by, nbytes, note)
 
 
-def _quantized(assignment: Assignment, is_table: bool, prepared: Prepared) -> Layer:
+def _quantized(assignment: Assignment, module: nn.Module, prepared: Prepared) -> Layer:
     arguments = Entry(assignment.key, assignment.args).spelled()
     device, dtype = prepared.device.device, prepared.dtype.dtype
-    by = LOOKED_UP if is_table else ops.computed_by(assignment.format, device, dtype)
+    if isinstance(module, layers.Table):
+        by = LOOKED_UP
+    elif isinstance(module, ExpertLinear):
+        by = experts.computed_by(assignment.format, device, dtype)
+    else:
+        by = ops.computed_by(assignment.format, device, dtype)
     note, nbytes = assignment.note or "", assignment.nbytes
     return Layer(assignment.name, assignment.shape, assignment.key, tuple(arguments.items()), by, nbytes, note)
 

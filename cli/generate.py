@@ -6,18 +6,22 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from cli.console import TextWriter, describe_build, status, warn
-from cli.options import add_model_arguments, add_sampling_arguments, build_settings, sampling_params, whole_number
+from cli.console import TextWriter, describe_build, interruptible, status, warn
+from cli.options import (
+    add_model_arguments,
+    add_pte_argument,
+    add_sampling_arguments,
+    build_settings,
+    sampling_params,
+    whole_number,
+)
 from cli.prompt import add_prompt_arguments, read_prompt
 from config.errors import UserError
 from config.settings import BuildSettings, SamplingParams
@@ -36,6 +40,7 @@ EXIT_INTERRUPTED = 130
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """All flags of `generate`."""
     add_model_arguments(parser)
+    add_pte_argument(parser)
     add_prompt_arguments(parser)
     add_sampling_arguments(parser)
     group = parser.add_argument_group("output")
@@ -73,7 +78,11 @@ def run(args: argparse.Namespace) -> int:
 
     prepared = prepare(settings)
     params = sampling_params(args, prepared.sampling)
+    if args.chat and prepared.template is not None:
+        params = dataclasses.replace(params, stop=(*params.stop, *prepared.template.stop))
     prompt_ids = _encode(prepared, text, chat=args.chat)
+    if args.chat and prepared.template is not None and prepared.template.origin != "its own":
+        remarks.append(f"chat format: {prepared.template.origin}")
     context = context_length(prepared, len(prompt_ids) + (params.max_new_tokens or 1024))
     check_prompt(prompt_ids, context, prepared.config.vocab_size)
     if args.explain:
@@ -82,12 +91,13 @@ def run(args: argparse.Namespace) -> int:
     for line in (
         *remarks,
         describe_build(prepared.settings, prepared.device, prepared.dtype, prepared.plan),
+        *prepared.remarks(),
         _describe_sampling(params, args.num_samples),
     ):
         status(line)
-    built.engine.prepare(params, len(prompt_ids))
+    built.engine.prepare(params)
 
-    with _profiled(args.profile, prepared), _interruptible() as interrupted:
+    with _profiled(args.profile, prepared), interruptible() as interrupted:
         sequences = built.engine.add_samples(prompt_ids, params, args.num_samples, new_text=args.chat or not text)
         texts = {sequence.seq_id: "" for sequence in sequences}
         shown = "" if args.chat else text
@@ -138,14 +148,11 @@ class Samples:
 
 
 def _encode(prepared: "Prepared", text: str, *, chat: bool) -> list[int]:
-    """The prompt's tokens. Raises UserError when the model has no chat template, or nothing to begin an empty text
-    with.
-    """
+    """The prompt's tokens. Raises UserError when there is nothing to begin an empty text with."""
     tokenizer = prepared.tokenizer
     assert tokenizer is not None
     if chat:
-        if prepared.template is None:
-            raise UserError(f"{prepared.name} has no chat template, so it was not made for --chat: leave that out")
+        assert prepared.template is not None
         return prepared.template.render([{"role": "user", "content": text}])
     # An empty text needs something to begin with, also where texts begin without BOS.
     ids = tokenizer.encode(text, bos=tokenizer.add_bos or not text)
@@ -171,25 +178,6 @@ def _run(
         texts[sequence.seq_id] += last.text if last is not None else ""
     if show is not None:
         show.update()
-
-
-@contextmanager
-def _interruptible() -> Iterator[list[int]]:
-    """The first Ctrl-C only fills the list, so that no step is left half done; the second is a KeyboardInterrupt."""
-    signals: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield signals
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -11,18 +11,31 @@ from collections.abc import MutableMapping, Sequence
 from importlib import import_module
 
 from cli.console import print_error
-from cli.options import Parser, did_you_mean
+from cli.options import Parser, did_you_mean, with_hint
 from config import __version__
 from config.errors import UserError
 
 COMMANDS = {
+    "chat": ("converse with a model, in a terminal or by script", "cli.chat"),
     "generate": ("write text from a prompt", "cli.generate"),
+    "server": ("serve a model over HTTP, with OpenAI's API", "cli.server"),
+    "browser": ("converse with a model on a page in your browser", "cli.browser"),
     "quantize": ("write a quantized model to a directory", "cli.quantize"),
+    "eval": ("measure what a model knows, with lm-eval's tasks", "cli.eval"),
+    "export": ("compile a model into one file that runs elsewhere", "cli.export"),
     "bench": ("measure loading, compiling, prefill and decode on this machine", "cli.bench"),
+    "list": ("show the models that are known and those that are here", "cli.list"),
+    "download": ("fetch a model from Hugging Face", "cli.download"),
+    "where": ("print the path of a model that is here", "cli.where"),
+    "remove": ("delete a model that was downloaded", "cli.remove"),
 }
 """Name -> (one line of help, the module that runs it: `add_arguments(parser)` and `run(args) -> int`)."""
 
-PACKAGES = ("torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "jinja2", "psutil", "torchao")
+PACKAGES = (
+    *("torch", "numpy", "safetensors", "sentencepiece", "tiktoken", "tokenizers", "jinja2", "psutil"),
+    *("huggingface_hub", "gguf", "prompt_toolkit", "rich", "flask", "waitress", "prometheus_client"),
+    *("llguidance", "torchao", "lm_eval"),
+)
 """What must be installed, as pyproject.toml has it."""
 
 DESCRIPTION = """\
@@ -114,7 +127,7 @@ def _run_without_command(argv: list[str]) -> int:
         return 0
     if first.startswith("-"):
         raise UserError(f"the command comes before its options, as in: torchchat {next(iter(COMMANDS))} {first}; {see}")
-    raise UserError(f"unknown command {first!r}{did_you_mean(first, COMMANDS)}; {see}")
+    raise UserError(with_hint(f"unknown command {first!r}{did_you_mean(first, COMMANDS)}", see))
 
 
 def _help() -> str:
@@ -133,5 +146,6 @@ options:
 
 environment:
   TORCHCHAT_CACHE_DIR  where compiled code and measurements are kept between runs
+  TORCHCHAT_MODELS_DIR a directory of models, which are known by the names of their directories
   TORCHCHAT_DEBUG=1    show a traceback with every error
   TORCHCHAT_DEVICE, TORCHCHAT_DTYPE, …  defaults for options; each command's help names them"""

@@ -18,6 +18,7 @@ from generate.engine import Engine
 from generate.sequence import Sequence
 from model.device import measure_bandwidth, synchronize
 from model.kv_cache import KVCache
+from model.moe_experts import ExpertLinear
 from model.transformer import Transformer
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
@@ -105,6 +106,7 @@ def measure_prefill(engine: Engine, tokens: int, flops: int, repeats: int, on_ru
 def prefill_seconds(engine: Engine, tokens: int) -> float:
     """Seconds from the arrival of a random prompt until its first new token is there."""
     prompt = random_prompt(tokens, engine.vocab_size)
+    engine.forget()
     synchronize(engine.device)
     began = time.perf_counter()
     sequence = engine.add(prompt, replace(GREEDY, max_new_tokens=1))
@@ -176,13 +178,17 @@ def random_prompt(tokens: int, vocab_size: int) -> list[int]:
 
 def prefill_flops(model: Transformer, tokens: int) -> int:
     """Floating-point operations in the matrix products of reading `tokens` tokens: 2 for each weight and token (of the
-    output layer for one token), and for each layer 4 * N * H for each pair of a token and one that it attends to.
+    output layer for one token; of experts those that a token is sent to), and for each layer 4 * N * H for each pair of
+    a token and one that it attends to.
     """
     config = model.config
     head = config.vocab_size * config.hidden_size
     with torch.device("meta"):  # the model itself may be quantized: as many products, of other numbers
-        linear = [module for module in Transformer(config).modules() if isinstance(module, torch.nn.Linear)]
-    weights = sum(module.weight.numel() for module in linear) - head
+        modules = list(Transformer(config).modules())
+    weights = sum(module.weight.numel() for module in modules if isinstance(module, torch.nn.Linear)) - head
+    for module in modules:
+        if isinstance(module, ExpertLinear):
+            weights += module.weight.numel() // module.num_experts * module.chosen
     pairs = 0
     for layer in config.layers:
         window = config.sliding_window if layer.attention == "sliding" else None

@@ -20,6 +20,7 @@ from generate.stats import weight_bytes_per_token
 from model.config import ModelConfig
 from model.kv_cache import KVCache, bytes_read
 from model.loader import NOT_MAPPED, Mapped, weight_sources
+from model.moe_experts import ExpertLinear
 from model.transformer import Transformer
 from quant.apply import replace_modules
 from quant.convert import BLOCK_NUMBERS
@@ -106,8 +107,9 @@ def needs_of(prepared: Prepared, max_seq_len: int, num_seqs: int = 1, *, compare
     weights = sum(parameter.nbytes for parameter in model.parameters())
     on_cpu, quantizes = device.type == "cpu", prepared.plan is not None and prepared.stored is None
     loading, mapped = _loading(prepared, model, keep=max_seq_len > 0)
-    compiles = max_seq_len > 0 and (prepared.settings.compile or prepared.settings.compile_prefill)
-    slots = slots_needed(num_seqs) if max_seq_len else 0
+    package = prepared.package
+    compiles = max_seq_len > 0 and package is None and (prepared.settings.compile or prepared.settings.compile_prefill)
+    slots = slots_needed(num_seqs if package is None else package.metadata.max_num_seqs) if max_seq_len else 0
     cache = KVCache.create(config, slots, max_seq_len, "meta", dtype).nbytes
     running = _comparing(prepared, model) if compares else 0
     if max_seq_len:
@@ -134,13 +136,20 @@ def _step(prepared: Prepared, model: Transformer, context: int, num_seqs: int) -
     """What a chunk that ends a context takes while it is read."""
     config, device, dtype = prepared.config, prepared.device.device, prepared.dtype.dtype
     tokens = min(PREFILL_CHUNK[device.type], context)
-    size = step_bytes(config, tokens, context, dtype.itemsize) + SAMPLING_BYTES * config.vocab_size * num_seqs
+    size = step_bytes(config, tokens, context, dtype.itemsize, device.type)
+    size += SAMPLING_BYTES * config.vocab_size * num_seqs
     if device.type != "cpu":
         return size
-    linear = [module for module in model.layers.modules() if isinstance(module, nn.Linear)]
     # oneDNN lays a 16-bit weight out anew for a product with many rows.
-    anew = max((module.weight.nbytes for module in linear), default=0) if dtype.itemsize == 2 else 0
+    anew = max(map(_weight_at_once, model.layers.modules())) if dtype.itemsize == 2 else 0
     return size + FIRST_STEP_BYTES + anew
+
+
+def _weight_at_once(module: nn.Module) -> int:
+    """Bytes of a plain weight that one product takes."""
+    if isinstance(module, ExpertLinear):
+        return module.weight.nbytes // module.num_experts
+    return module.weight.nbytes if isinstance(module, nn.Linear) else 0
 
 
 def _comparing(prepared: Prepared, model: Transformer) -> int:
@@ -150,22 +159,35 @@ def _comparing(prepared: Prepared, model: Transformer) -> int:
     config, dtype = prepared.config, prepared.dtype.dtype
     original = config.vocab_size * config.hidden_size * dtype.itemsize
     quantized = sum(parameter.nbytes for parameter in model.lm_head.parameters())
-    work = step_bytes(config, MAX_RECEIPT_TOKENS, MAX_RECEIPT_TOKENS, dtype.itemsize)
+    work = step_bytes(config, MAX_RECEIPT_TOKENS, MAX_RECEIPT_TOKENS, dtype.itemsize, prepared.device.device.type)
     logits = 3 * 4 * min(CHUNK_NUMBERS, MAX_RECEIPT_TOKENS * config.vocab_size)
     return original + quantized + logits + work + FIRST_STEP_BYTES
 
 
-def step_bytes(config: ModelConfig, tokens: int, context: int, itemsize: int) -> int:
+def step_bytes(config: ModelConfig, tokens: int, context: int, itemsize: int, device_type: str) -> int:
     """About what one layer takes beside its weights and the cache while it reads `tokens` tokens that end a context of
     `context`: the wider of its two halves, as model/transformer.py computes them.
     """
     D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
     N, K = config.num_attention_heads, config.num_key_value_heads
     feed_forward = tokens * (2 * D + 4 * F)
+    if any(layer.experts for layer in config.layers):
+        feed_forward = max(feed_forward, tokens * _of_experts(config, itemsize, device_type))
     attention = tokens * (2 * D + 3 * (N + 2 * K) * H)
     if context > tokens:  # keys and values out of the cache, once more for each head that shares them, and a mask
         attention += 2 * context * H * (K + (N if N > K else 0)) + tokens * context * 2
     return max(feed_forward, attention) * itemsize
+
+
+def _of_experts(config: ModelConfig, itemsize: int, device_type: str) -> int:
+    """Numbers for each token in a mixture of experts, as model/moe_experts.py computes them: on a GPU all experts at
+    once, else one after the other, in the worst case one that all tokens were sent to.
+    """
+    D, F, C = config.hidden_size, config.moe_intermediate_size, config.num_experts_per_tok
+    single = 4 // itemsize  # sums are float32
+    if device_type == "cuda":
+        return 2 * D + C * max(D + 5 * F, F + 2 * D + 2 * D * single)
+    return 2 * D + C * F + max(D + 4 * F, F + D + 2 * D * single)
 
 
 def _loading(prepared: Prepared, model: Transformer, keep: bool) -> tuple[int, int]:
@@ -205,7 +227,7 @@ def _quantizing(prepared: Prepared, name: str) -> int:
 
 def _mapped(prepared: Prepared) -> Iterator[tuple[str, list[Mapped]]]:
     """Of each module what reading its parameters maps."""
-    if prepared.settings.random_weights:
+    if prepared.settings.random_weights or prepared.package is not None:  # a package's weights themselves are mapped
         return
     assert prepared.path is not None
     if prepared.stored is not None:

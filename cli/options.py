@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from cli.console import warn
 from config.errors import UserError
-from config.registry import DEFAULT_MODEL
+from config.registry import DEFAULT_MODEL, EXPORTED_ENDING, MODELS_DIR, PTE_ENDING
 from config.settings import DEVICES, DTYPES, MAX_COUNT, BuildSettings, SamplingParams, Setting, one_of, shorten
 from quant.recipe import READY_MADE, read_recipe
 
@@ -26,8 +26,9 @@ ENVIRONMENT = {
     "quantize": "TORCHCHAT_QUANTIZE",
     "max_seq_len": "TORCHCHAT_MAX_SEQ_LEN",
 }
-OTHER_VARIABLES = ("TORCHCHAT_CACHE_DIR", "TORCHCHAT_DEBUG")
+OTHER_VARIABLES = ("TORCHCHAT_CACHE_DIR", "TORCHCHAT_DEBUG", "TORCHCHAT_API_KEY", MODELS_DIR)
 
+PACKAGE_FLAG, PTE_FLAG = "--aoti-package-path", "--pte-path"
 YES = ("1", "true", "yes", "on")
 NO = ("0", "false", "no", "off")
 
@@ -47,10 +48,11 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unknown option {shorten(flag)}{did_you_mean(flag, self._option_string_actions)}")
         if unknown:
             self.error(f"unexpected argument {shorten(unknown[0])!r}; text of several words needs quotes")
+        _take_package(parsed)
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{shorten(message.removeprefix('argument '), 300)}; see {self.prog} --help")
+        raise UserError(with_hint(shorten(message.removeprefix("argument "), 300), f"see {self.prog} --help"))
 
 
 def normalise_flags(argv: Iterable[str]) -> list[str]:
@@ -69,6 +71,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ "; did you mean 'generate'?" if something known is near, else ""."""
     near = get_close_matches(word, list(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def with_hint(message: str, hint: str) -> str:
+    """Both in one line, whether or not the message ends with a question."""
+    return f"{message} ({hint})" if message.endswith("?") else f"{message}; {hint}"
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:
@@ -129,6 +136,10 @@ def add_model_arguments(parser: argparse.ArgumentParser, flags: Sequence[str] = 
         nargs="?",
         help="a name that torchchat knows, or a directory or file of weights (default: a small model that is built in)",
     )
+    if "compile" in flags:  # those that run a model
+        parser.add_argument(
+            PACKAGE_FLAG, metavar=f"FILE{EXPORTED_ENDING}", help="in place of MODEL: one that `torchchat export` wrote"
+        )
     group = parser.add_argument_group("customization")
     for name in flags:
         group.add_argument(_flag(name), **MODEL_FLAGS[name])
@@ -144,6 +155,43 @@ def add_model_arguments(parser: argparse.ArgumentParser, flags: Sequence[str] = 
         f"Defaults may be set in the environment: {variables}. A flag overrides the quantize recipe, which overrides "
         f"the environment.{spelling}"
     )
+
+
+def add_pte_argument(parser: argparse.ArgumentParser) -> None:
+    """For commands that run one sequence at a time."""
+    parser.add_argument(
+        PTE_FLAG,
+        metavar=f"FILE{PTE_ENDING}",
+        help="in place of MODEL: one that `torchchat export` wrote for ExecuTorch, which runs it",
+    )
+
+
+def _take_package(args: argparse.Namespace) -> None:
+    """What the package flags name is the MODEL."""
+    given = {
+        flag: value
+        for flag, name in ((PACKAGE_FLAG, "aoti_package_path"), (PTE_FLAG, "pte_path"))
+        if (value := vars(args).get(name)) is not None
+    }
+    named = [*([f"MODEL {shorten(args.model)}"] if given and args.model is not None else []),
+             *(f"{flag} {shorten(value)}" for flag, value in given.items())]  # fmt: skip
+    if len(named) > 1:
+        raise UserError(f"{' and '.join(named)} both name a model: leave one out")
+    for flag, value in given.items():
+        ending, kind = (EXPORTED_ENDING, "package") if flag == PACKAGE_FLAG else (PTE_ENDING, "program of ExecuTorch's")
+        if not value.endswith(ending):
+            raise UserError(f"{flag} {shorten(value)}: is no {kind}, whose name ends in {ending}; name others as MODEL")
+        args.model = value
+
+
+def _check_pte(model: Setting, args: argparse.Namespace) -> None:
+    """Raises UserError where a command has no use for a program of ExecuTorch's."""
+    if not model.value.endswith(PTE_ENDING):
+        return
+    if "pte_path" not in args:
+        raise UserError(f"{model.source} {shorten(model.value)}: generate and chat alone run a program of ExecuTorch's")
+    if "explain" in args and args.explain:
+        raise UserError(f"--explain: {shorten(model.value)} is built already; name the model that it was exported from")
 
 
 def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +233,7 @@ def build_settings(
     device = _pick("device", args, environ, say, recipe.device if recipe else None, DEVICES) or Setting("fast")
     dtype = _pick("dtype", args, environ, say, recipe.dtype if recipe else None, DTYPES) or Setting("fast")
     model = _pick("model", args, environ, say) or Setting(DEFAULT_MODEL)
+    _check_pte(model, args)
     max_seq_len = _pick("max_seq_len", args, environ, say) if "max_seq_len" in args else None
     switches = {
         name: _switch(name, args, environ, say) if name in args else Setting("no")

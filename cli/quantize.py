@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.console import human_bytes, status, warn
+from cli.hub import locate
 from cli.options import add_model_arguments, build_settings
 from config.errors import UserError
-from config.registry import resolve
 from config.settings import BuildSettings
 
 if TYPE_CHECKING:  # only their names: this module is imported for --help, which must not wait for torch
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     settings = _settings(args)
     output = checked_output(args.output)
     text = _receipt_text(args)
-    resolve(settings.model)  # a wrong name is told at once
+    locate(settings.model)  # a wrong name is told at once
 
     # Torch from here on.
     from cli.builder import out_of_memory, prepare
@@ -87,6 +87,8 @@ def run(args: argparse.Namespace) -> int:
         f"{settings.model} · {device.device.type} ({device.why}) · {dtype.name} ({dtype.why}) · "
         f"{prepared.plan.describe()}"
     )
+    for remark in prepared.remarks():
+        status(remark)
     for partial in sorted(output.parent.glob(f".{output.name}.*.partial")):
         warn(f"{partial} is left from a run that was interrupted, unless it still runs: it may be removed")
     began = time.perf_counter()
@@ -96,9 +98,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def checked_output(path: Path) -> Path:
+def checked_output(path: Path, flag: str = "--output") -> Path:
     """Where the directory will be, once it is sure that it can be put there. Raises UserError."""
-    where = f"--output {path}"
+    where = f"{flag} {path}"
     try:
         output = path.expanduser().resolve()
         if output.exists() and not output.is_dir():

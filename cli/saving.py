@@ -1,5 +1,5 @@
-"""A prepared model -> a directory that loads as the quantized model, whole or not at all. Each weight is written when
-it is quantized, so that no more than one of them is in memory. Knows all parts, and no flags.
+"""A prepared model -> a directory that loads as the customized model, whole or not at all. Each weight is written when
+it is quantized, or read, so that no more than one of them is in memory. Knows all parts, and no flags.
 """
 
 import json
@@ -21,19 +21,23 @@ from cli.quantize import MAX_RECEIPT_TOKENS, ReceiptText
 from config import __version__
 from config.errors import UserError
 from generate.score import Windows, compare, perplexity
-from model.checkpoint import SAFETENSORS
+from model import chat_files
+from model.checkpoint import SAFETENSORS, find_checkpoint
 from model.config import hf_document
+from model.gguf_within import files_within
 from model.loader import Source, weight_sources
 from model.saved import FLOATS, Layout, TensorWriter
+from model.stored_tensors import open_checkpoint
 from model.streaming import Streamed
 from model.tokenizer import FILES
+from model.weight_names import WeightNames
 from quant.apply import QuantizeOnLoad, replace_modules
 from quant.directory import FILE, Stored, layers_only
 from quant.receipt import Receipt, finite
 from quant.recipe import read_recipe
 
 COPIED = (
-    *FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    *FILES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *chat_files.FILES,
     "generation_config.json",
 )  # fmt: skip
 TERMS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
@@ -64,7 +68,8 @@ class Job:
     """With what the directory will say."""
     output: Path
     layout: Layout
-    copied: tuple[Path, ...]
+    files: Mapping[str, bytes]
+    """What is written beside the weights, by name."""
     text: ReceiptText | None
     windows: Windows | None
 
@@ -73,12 +78,32 @@ def job_of(prepared: Prepared, output: Path, text: ReceiptText | None) -> Job:
     """To write `prepared` to `output`, new or empty, and measure what that cost on `text`. Raises UserError."""
     assert prepared.settings.quantize is not None
     windows = None if text is None else _windows(prepared, text)
-    recipe = layers_only(read_recipe(prepared.settings.quantize, "--quantize"))
-    stored = Stored(recipe, prepared.dtype.name, prepared.settings.model, versions(), None)
+    stored = stored_of(prepared)
     layout = _layout(prepared, stored)
-    copied = _files_to_copy(prepared)
-    _check_disk(output.parent, layout.nbytes + sum(file.stat().st_size for file in copied))
-    return Job(replace(prepared, stored=stored), output, layout, copied, text, windows)
+    files = model_files(prepared)
+    check_disk(output.parent, layout.nbytes + sum(map(len, files.values())))
+    return Job(replace(prepared, stored=stored), output, layout, files, text, windows)
+
+
+def stored_of(prepared: Prepared) -> Stored:
+    """What torchchat.json says of a model with a recipe."""
+    assert prepared.settings.quantize is not None
+    recipe = layers_only(read_recipe(prepared.settings.quantize, "--quantize"))
+    return Stored(recipe, prepared.dtype.name, prepared.settings.model, versions(), None)
+
+
+def model_files(prepared: Prepared) -> dict[str, bytes]:
+    """All small files that a directory needs to load as this model, by name: configuration, tokenizer, templates, and
+    the model's terms.
+    """
+    written = {} if prepared.path is None else files_within(prepared.path)
+    copied = [file for file in _files_to_copy(prepared) if not (written and _of_model(file))]
+    config = json.dumps(_config_document(prepared), indent=2) + "\n"
+    return {_name(file): file.read_bytes() for file in copied} | written | {"config.json": config.encode()}
+
+
+def _name(file: Path) -> str:
+    return f"{chat_files.FOLDER}/{file.name}" if file.parent.name == chat_files.FOLDER else file.name
 
 
 def save(job: Job) -> tuple[Sizes, Receipt | None]:
@@ -88,9 +113,7 @@ def save(job: Job) -> tuple[Sizes, Receipt | None]:
     with _whole(job.output) as directory:
         began = time.perf_counter()
         _write_weights(job.prepared, directory / SAFETENSORS, job.layout)
-        for file in job.copied:
-            shutil.copyfile(file, directory / file.name)
-        _write_json(directory / "config.json", _config_document(job.prepared))
+        _write_files(directory, job.files)
         measured = time.perf_counter()
         receipt = None
         if job.text is not None and job.windows is not None:
@@ -99,6 +122,77 @@ def save(job: Job) -> tuple[Sizes, Receipt | None]:
         _write_json(directory / FILE, replace(stored, receipt=receipt).document())
         ended = time.perf_counter()
     return Sizes(job.layout.nbytes, measured - began, ended - measured), receipt
+
+
+def save_snapshot(prepared: Prepared, output: Path) -> int:
+    """The model as it was customized, without a receipt; bytes of the file with the weights. Quantized it is what
+    `save` writes; unquantized it has the names that Transformers gives to weights, so that other programs read it too.
+    Raises UserError, and OSError where the disk does; then there is no directory.
+    """
+    if prepared.settings.quantize is not None:
+        return save(job_of(prepared, output, None))[0].file_bytes
+    names = _names(prepared)
+    layout, files = _plain_layout(prepared, names), model_files(prepared)
+    config = json.loads(files["config.json"])
+    torch_name = str(prepared.dtype.dtype).removeprefix("torch.")
+    config |= {key: torch_name for key in ("torch_dtype", "dtype") if key in config} or {"torch_dtype": torch_name}
+    check_disk(output.parent, layout.nbytes + sum(map(len, files.values())))
+    with _whole(output) as directory:
+        _write_plain(prepared, names, directory / SAFETENSORS, layout)
+        _write_files(directory, files)
+        _write_json(directory / "config.json", config)
+    return layout.nbytes
+
+
+def _names(prepared: Prepared) -> WeightNames:
+    """Transformers' names, as the original has them if it has such."""
+    if prepared.path is not None and not prepared.settings.random_weights:
+        found = WeightNames(open_checkpoint(find_checkpoint(prepared.path)), prepared.config)
+        if found.style == "hf":
+            return found
+    return WeightNames((), prepared.config)
+
+
+def _plain_layout(prepared: Prepared, names: WeightNames) -> Layout:
+    tensors = {
+        part.name: (prepared.dtype.dtype, (part.rows + part.unused_rows, *parameter.shape[1:]))
+        for name, parameter in meta_model(prepared.config).named_parameters()
+        for part in names.parts(name, parameter.shape[0])
+    }
+    return Layout.of(tensors, {"format": "pt"})
+
+
+def _write_plain(prepared: Prepared, names: WeightNames, file: Path, layout: Layout) -> None:
+    model = meta_model(prepared.config)
+    expected = {name for name, _ in model.named_parameters()}
+    total = sum(parameter.numel() for parameter in model.parameters()) * prepared.dtype.dtype.itemsize
+    with Progress(f"writing {prepared.name}", total, in_bytes=True) as progress, TensorWriter(file, layout) as writer:
+
+        def write(name: str, tensor: Tensor) -> None:
+            start = 0
+            for part in names.parts(name, tensor.shape[0]):
+                rows = tensor[start : start + part.rows]
+                writer.write(part.name, [rows, rows.new_zeros(part.unused_rows, *rows.shape[1:])])
+                start += part.rows
+            progress.advance(tensor.nbytes)
+
+        def take(name: str, module: nn.Module, source: Source) -> bool:
+            """Writes all parameters of a module, of which the weight comes last, and keeps none."""
+            for key, parameter in list(module.named_parameters(recurse=False)):
+                if key != "weight":
+                    write(f"{name}.{key}", parameter)
+                    setattr(module, key, nn.Parameter(parameter.to("meta"), requires_grad=False))
+            if f"{name}.weight" in expected:  # else it is another module's too, which has it
+                write(f"{name}.weight", source.whole())
+            return True
+
+        fill(prepared, model, None, take)
+
+
+def _write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_bytes(data)
 
 
 def _write_json(file: Path, document: Mapping[str, object]) -> None:
@@ -141,7 +235,12 @@ def _files_to_copy(prepared: Prepared) -> tuple[Path, ...]:
         return ()
     directory = path if path.is_dir() else path.parent
     terms = [file for pattern in TERMS for file in sorted(directory.glob(pattern))]
-    return tuple(file for file in (*(directory / name for name in COPIED), *terms) if file.is_file())
+    templates = sorted((directory / chat_files.FOLDER).glob("*.jinja"))
+    return tuple(file for file in (*(directory / name for name in COPIED), *templates, *terms) if file.is_file())
+
+
+def _of_model(file: Path) -> bool:
+    return file.name in COPIED or file.parent.name == chat_files.FOLDER
 
 
 def _config_document(prepared: Prepared) -> dict[str, object]:
@@ -152,7 +251,7 @@ def _config_document(prepared: Prepared) -> dict[str, object]:
     return dict(find(prepared.name).config)
 
 
-def _check_disk(directory: Path, needed: int) -> None:
+def check_disk(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed + ROOM:
         raise UserError(

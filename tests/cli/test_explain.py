@@ -44,6 +44,11 @@ def tiny(tmp_path_factory):
     return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("models") / "experts", experts=5)
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
     """The machine's bandwidth is taken as known: to measure it is half a second a test."""
@@ -92,10 +97,10 @@ def document_of(capsys, *argv):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-@pytest.mark.parametrize("model", ["tiny", "default"])
-def test_bytes_are_exactly_those_of_what_is_then_built(tiny, model, recipe):
+@pytest.mark.parametrize("model", ["tiny", "experts", "default"])
+def test_bytes_are_exactly_those_of_what_is_then_built(tiny, experts, model, recipe):
     """The tiny model's output layer has a weight of its own, the built-in model's is tied."""
-    found = prepared(tiny if model == "tiny" else model, recipe, max_seq_len=100)
+    found = prepared({"tiny": tiny, "experts": experts}.get(model, model), recipe, max_seq_len=100)
     needs = needs_of(found, 100)
     built = build(found)
     assert needs.weights == sum(parameter.nbytes for parameter in built.model.parameters())
@@ -105,14 +110,25 @@ def test_bytes_are_exactly_those_of_what_is_then_built(tiny, model, recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_the_layers_add_up_and_every_weight_is_told_of_once(tiny, recipe, capsys):
-    flags = ["--quantize", recipe] if recipe else []
-    document = document_of(capsys, "generate", tiny, "--device", "cpu", *flags)
+@pytest.mark.parametrize("kind", ["tiny", "experts"])
+def test_the_layers_add_up_and_every_weight_is_told_of_once(tiny, experts, kind, recipe, capsys):
+    model, flags = tiny if kind == "tiny" else experts, ["--quantize", recipe] if recipe else []
+    document = document_of(capsys, "generate", model, "--device", "cpu", *flags)
     assert sum(group["bytes"] for group in document["layers"]) == document["memory"]["weight_bytes"]
-    modules = [name for name, _ in planned_model(prepared(tiny, recipe)).named_parameters()]
+    modules = [name for name, _ in planned_model(prepared(model, recipe)).named_parameters()]
     assert sum(group["count"] for group in document["layers"]) == len({n.rpartition(".")[0] for n in modules})
     plain = [group["count"] for group in document["layers"] if group["scheme"] not in SCHEMES]
     assert sum(entry["count"] for entry in document["not_quantized"]) == (sum(plain) if recipe else 0)
+
+
+@pytest.mark.parametrize("recipe", [None, "cpu"])
+def test_of_experts_a_token_reads_those_that_it_is_sent_to(experts, recipe):
+    """Two of five: three fifths of all experts are not read, whatever they are stored as."""
+    model = planned_model(prepared(experts, recipe))
+    of_experts = sum(p.nbytes for name, p in model.named_parameters() if ".experts." in name)
+    rest = sum(p.nbytes for name, p in model.named_parameters() if ".experts." not in name)
+    table = sum(p.nbytes - p[0].nbytes for p in model.embed_tokens.parameters())
+    assert weight_bytes_per_token(model) == of_experts * 2 // 5 + rest - table
 
 
 def test_several_sequences_have_a_slot_each_and_one_for_padding(tiny):
@@ -153,7 +169,7 @@ PEAK = ["--max-seq-len", "512", "--device", "cpu", "--dtype", "bf16"]
 @pytest.mark.skipif(sys.platform != "linux", reason="the constants were measured there, and a peak can be read there")
 @pytest.mark.parametrize("recipe", [None, "cpu", "cpu-small"])
 @pytest.mark.parametrize("command", ["bench", "generate"])
-def test_the_peak_is_within_5_percent_of_what_the_process_then_takes(command, recipe, tmp_path):
+def test_the_peak_is_within_5_percent_of_what_the_process_then_takes(command, recipe, warm):
     argv = [command, *PEAK]
     if command == "bench":
         argv += ["--random-weights", "stories110m", "--prefill-tokens", "500", "--context", "400", "--repeats", "1"]
@@ -162,7 +178,7 @@ def test_the_peak_is_within_5_percent_of_what_the_process_then_takes(command, re
     argv += ["--quantize", recipe] if recipe else []
 
     def run(*more: str):
-        environ = os.environ | {"OMP_NUM_THREADS": "1", "TORCHCHAT_CACHE_DIR": str(tmp_path)}
+        environ = os.environ | {"OMP_NUM_THREADS": "1", "TORCHCHAT_CACHE_DIR": str(warm)}
         command = [sys.executable, "torchchat.py", *argv, "--json", *more]
         done = subprocess.run(
             command, cwd=ROOT, env=environ, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True

@@ -295,11 +295,11 @@ def test_an_interrupted_write_leaves_nothing_that_loads(
 
 # Slow: two processes, as a person starts them.
 @pytest.mark.slow
-def test_the_built_in_model_in_seconds(tmp_path: Path) -> None:
+def test_the_built_in_model_in_seconds(tmp_path: Path, warm: Path) -> None:
     def program(*argv: object) -> Any:
         done = subprocess.run(
             [sys.executable, str(ROOT / "torchchat.py"), *map(str, argv), "--json"],
-            env=os.environ | {"TORCHCHAT_CACHE_DIR": str(tmp_path / "cache")},
+            env=os.environ | {"TORCHCHAT_CACHE_DIR": str(warm)},
             capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

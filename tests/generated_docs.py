@@ -10,9 +10,14 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from cli import chat_commands as chat
+from cli.console import human_bytes
+from cli.export import PACKAGED
+from cli.list import short_context, short_count
 from cli.main import COMMANDS
 from cli.options import Parser, add_model_arguments
 from config.registry import entries
+from quant.portable import SCHEMES as PORTABLE
 from quant.recipe import READY_MADE, read_recipe
 from quant.schemes import PLACES, REFUSED, SCHEMES, Arguments, Scheme, level
 
@@ -61,10 +66,18 @@ def takes_shared_flags(command: str) -> bool:
 
 def models() -> str:
     rows = [
-        (f"`{entry.name}`", ", ".join(f"`{alias}`" for alias in entry.aliases), entry.description, entry.hub_id or "")
+        (
+            f"`{entry.name}`",
+            ", ".join(f"`{alias}`" for alias in entry.short_aliases),
+            short_count(entry.parameters),
+            short_context(entry.context),
+            human_bytes(2 * entry.parameters),
+            entry.description,
+            (entry.hub_id or "") + (" (asks)" if entry.gated else ""),
+        )
         for entry in entries()
     ]
-    return table(("name", "also", "what it is", "id on Hugging Face"), rows)
+    return table(("name", "also", "parameters", "context", "size", "what for", "on Hugging Face"), rows)
 
 
 def recipes() -> str:
@@ -114,12 +127,36 @@ def _support(key: str, scheme: Scheme, place: str) -> str:
     return f"kernel{few}{eager}"
 
 
+def exports() -> str:
+    """What may be written with what: a package is compiled, a directory is only read."""
+    rows = [("unquantized", *("yes" for _ in PACKAGED), "kernel", "yes")]
+    for key, scheme in SCHEMES.items():
+        portable = ("kernel" if scheme.target == "linear" else "operator") if key in PORTABLE else "no"
+        rows.append((f"`{key}`", *(_exports(key, scheme, place) for place in PACKAGED), portable, "yes"))
+    return table(("", *(f"package for {place}" for place in PACKAGED), "ExecuTorch", "directory"), rows)
+
+
+def _exports(key: str, scheme: Scheme, place: str) -> str:
+    others = [PLACES[other] for other in PLACES if other.startswith(place) and (key, other) in REFUSED]
+    return _support(key, scheme, place) + (f"; not on {' nor '.join(others)}" if others else "")
+
+
+def chat_commands() -> str:
+    rows = []
+    for name, command in chat.COMMANDS.items():
+        also = ", ".join(f"`/{alias}`" for alias, meant in chat.ALIASES.items() if meant == name)
+        rows.append((f"`/{name} {command.words}".rstrip() + "`", command.help + (f" (also {also})" if also else "")))
+    return table(("command", "what it does"), rows)
+
+
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "commands.md": {
-        "models": models,
         "shared flags": shared_flags,
         **{f"flags of {name}": partial(own_flags, name) for name in COMMANDS},
     },
+    DOCS / "models.md": {"models": models},
+    DOCS / "chat.md": {"commands of a conversation": chat_commands},
+    DOCS / "export.md": {"exports": exports},
     DOCS / "quantization.md": {"recipes": recipes, "schemes": schemes, "support": support},
 }
 """Each page that has such parts, and what writes them, in their order."""

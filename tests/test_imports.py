@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "cli": {"config", "model", "quant", "generate", "server"},
 }
 # quant knows layers and how kernels become ops, not the Transformer that is made of them.
-QUANT_MAY_IMPORT = {"model.kernels", "model.layers", "model.ops", "model.tracing", "model.triton_kernels"}
+QUANT_MAY_IMPORT = {
+    f"model.{name}" for name in ("kernels", "layers", "moe_experts", "ops", "tracing", "triton_kernels")
+}
 MODULES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 

@@ -2,6 +2,7 @@
 tokenizer of bytes and a chat template."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,8 +19,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_tiny_checkpoint(directory: Path, *, chat: bool = True, bos: bool = True) -> Path:
-    """Writes the model into `directory`, which is returned."""
+def write_tiny_checkpoint(directory: Path, *, chat: bool = True, bos: bool = True, experts: int = 0) -> Path:
+    """Writes the model into `directory`, which is returned. experts: a mixture of so many, in Mixtral's form."""
     directory.mkdir(parents=True, exist_ok=True)
     hidden, layers, heads, kv_heads, head_dim, inner = 32, 2, 4, 2, 8, 48
     config = {
@@ -40,6 +41,9 @@ def write_tiny_checkpoint(directory: Path, *, chat: bool = True, bos: bool = Tru
         "eos_token_id": EOS,
         "torch_dtype": "float32",
     }
+    if experts:
+        config |= {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}
+        config |= {"num_local_experts": experts, "num_experts_per_tok": 2}
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_k": 40}))
     generator = torch.Generator().manual_seed(0)
@@ -59,15 +63,24 @@ def write_tiny_checkpoint(directory: Path, *, chat: bool = True, bos: bool = Tru
             f"{prefix}.self_attn.k_proj.weight": matrix(kv_heads * head_dim, hidden),
             f"{prefix}.self_attn.v_proj.weight": matrix(kv_heads * head_dim, hidden),
             f"{prefix}.self_attn.o_proj.weight": matrix(hidden, heads * head_dim),
-            f"{prefix}.mlp.gate_proj.weight": matrix(inner, hidden),
-            f"{prefix}.mlp.up_proj.weight": matrix(inner, hidden),
-            f"{prefix}.mlp.down_proj.weight": matrix(hidden, inner),
+            **_feed_forward(prefix, hidden, inner, experts, matrix),
             f"{prefix}.input_layernorm.weight": torch.ones(hidden),
             f"{prefix}.post_attention_layernorm.weight": torch.ones(hidden),
         }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(directory, chat=chat, bos=bos)
     return directory
+
+
+def _feed_forward(
+    prefix: str, hidden: int, inner: int, experts: int, matrix: Callable[[int, int], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    if not experts:
+        return {f"{prefix}.mlp.{name}_proj.weight": matrix(*shape) for name, shape in shapes.items()}
+    moe, leaves = f"{prefix}.block_sparse_moe", {"gate": "w1", "up": "w3", "down": "w2"}
+    each = {f"{moe}.experts.{i}.{leaves[name]}.weight": shapes[name] for i in range(experts) for name in shapes}
+    return {name: matrix(*shape) for name, shape in {f"{moe}.gate.weight": (experts, hidden), **each}.items()}
 
 
 def _write_tokenizer(directory: Path, *, chat: bool, bos: bool) -> None:

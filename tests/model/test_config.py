@@ -22,7 +22,12 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-MODEL_TYPES = ("llama", "mistral", "granite", "qwen2", "qwen3", "phi3", "smollm3", "gemma2", "gemma3_text", "gemma3")
+MODEL_TYPES = (
+    *("llama", "mistral", "granite", "qwen2", "qwen3", "phi3", "smollm3", "gemma2", "gemma3_text", "gemma3"),
+    *("mllama_text_model", "mllama", "mixtral", "qwen3_moe", "olmoe"),
+)
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
+MULTIMODAL = ("gemma3", "mllama")
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -98,6 +103,35 @@ PUBLISHED_FILES: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0", "use_cache": False,
         "use_sliding_window": False, "vocab_size": 128256,
     },
+    "Mixtral-8x7B-Instruct-v0.1": {
+        "architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
+        "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336,
+        "max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.02,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.36.0.dev0", "use_cache": True, "vocab_size": 32000,
+    },
+    "Qwen3-30B-A3B": {
+        "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+        "bos_token_id": 151643, "decoder_sparse_step": 1, "eos_token_id": 151645, "head_dim": 128,
+        "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02, "intermediate_size": 6144,
+        "max_position_embeddings": 40960, "max_window_layers": 48, "mlp_only_layers": [], "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128,
+        "num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "output_router_logits": False,
+        "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000.0, "router_aux_loss_coef": 0.001,
+        "sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0", "use_cache": True, "use_sliding_window": False, "vocab_size": 151936,
+    },
+    "OLMoE-1B-7B-0125-Instruct": {
+        "architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None,
+        "eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02,
+        "intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": False,
+        "num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16,
+        "num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": None, "rope_theta": 10000.0, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16", "transformers_version": "4.49.0.dev0", "use_cache": False, "vocab_size": 50304,
+    },
 }  # fmt: skip
 
 
@@ -108,8 +142,8 @@ def llama(**changes: Any) -> dict[str, Any]:
 def family(model_type: str, **changes: Any) -> dict[str, Any]:
     """A small file of that family without architectures; a multimodal one has the changes in its text part."""
     shape = {key: value for key, value in LLAMA.items() if key not in ("architectures", "model_type")}
-    if model_type == "gemma3":
-        return {"model_type": "gemma3", "text_config": {**shape, **changes}}
+    if model_type in MULTIMODAL:
+        return {"model_type": model_type, "text_config": {**shape, **changes}}
     return {"model_type": model_type, **shape, **changes}
 
 
@@ -127,16 +161,17 @@ def test_an_empty_file_means_what_transformers_means(model_type: str) -> None:
     """What Transformers writes for a family's defaults is read as the same model as a file that says nothing."""
     transformers = pytest.importorskip("transformers")
     written = transformers.AutoConfig.for_model(model_type).to_dict()
-    silent = {"model_type": model_type, **({"text_config": {}} if model_type == "gemma3" else {})}
+    silent = {"model_type": model_type, **({"text_config": {}} if model_type in MULTIMODAL else {})}
     assert from_hf(json.loads(json.dumps(written, default=str)), "written") == from_hf(silent, "silent")
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 @pytest.mark.parametrize("key", ["a_new_feature", "num_experts", "quantization_config", "sliding_windows"])
 def test_an_unknown_key_is_refused_by_name(model_type: str, key: str) -> None:
+    key = "n_shared_experts" if key == "num_experts" and model_type in MIXTURES else key
     from_hf(family(model_type), "m/config.json")
     assert key in refused(family(model_type, **{key: 4}))
-    if model_type == "gemma3":
+    if model_type in MULTIMODAL:
         assert key in refused({**family(model_type), key: 4})
 
 
@@ -261,7 +296,25 @@ def test_what_cannot_be_run_is_refused_in_one_line(changes: dict[str, Any], word
         ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, "rope_parameters.rope_type"),
         ("gemma3_text", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar"),
         ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ("mllama", {"cross_attention_layers": [0, "1"]}, "cross_attention_layers"),
+        ("mllama", {"cross_attention_layers": [0, 1]}, "leaves no layer"),
+        ("mllama", {"tie_word_embeddings": True}, "tie_word_embeddings"),
         ("granite", {"logits_scaling": 0}, "logits_scaling"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
+        ("mixtral", {"num_local_experts": 8, "num_experts": 4}, "differs from num_experts"),
+        ("mixtral", {"num_experts_per_tok": 9}, "more than the 8 experts"),
+        ("mixtral", {"num_experts_per_tok": "2"}, "num_experts_per_tok"),
+        ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("mixtral", {"attention_bias": True}, "attention_bias"),
+        ("qwen3_moe", {"decoder_sparse_step": 3}, "decoder_sparse_step leaves no layer"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step"),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, "mlp_only_layers leaves no layer"),
+        ("qwen3_moe", {"mlp_only_layers": ["0"]}, "mlp_only_layers"),
+        ("qwen3_moe", {"moe_intermediate_size": 0}, "moe_intermediate_size"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+        ("olmoe", {"norm_topk_prob": "no"}, "norm_topk_prob"),
+        ("llama", {"num_experts_per_tok": 2}, "num_experts_per_tok"),
     ],
 )
 def test_what_a_family_cannot_be_is_refused(model_type: str, changes: dict[str, Any], word: str) -> None:
@@ -336,6 +389,12 @@ def test_a_multimodal_file_gives_its_text_model() -> None:
     outer = {"eos_token_id": [1, 106], "vision_config": {"hidden_size": 8}, "boi_token_index": 5}
     config = from_hf({**family("gemma3"), **outer}, "x")
     assert (config.family, config.eos_token_ids, config.tie_word_embeddings) == ("gemma3_text", (1, 106), True)
+
+
+def test_the_layers_for_images_are_left_out_and_the_others_keep_their_numbers() -> None:
+    text = family("mllama", num_hidden_layers=5, cross_attention_layers=[1, 3])
+    config = from_hf({**text, "image_token_index": 9}, "x")
+    assert (len(config.layers), config.stored_layers, config.stored_extra_embeddings) == (3, (0, 2, 4), 8)
 
 
 def test_the_end_tokens_of_generation_config_count_too(tmp_path: Path) -> None:

@@ -72,9 +72,7 @@ def their_tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def template(tokenizer: Tokenizer) -> ChatTemplate:
-    found = load_chat_template(DEFAULT, tokenizer)
-    assert found is not None
-    return found
+    return load_chat_template(DEFAULT, tokenizer, load_config(DEFAULT))
 
 
 @pytest.fixture(scope="module")

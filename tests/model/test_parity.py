@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers")
 
-from model.config import LayerConfig, ModelConfig, RopeConfig, load_config
+from model.config import ModelConfig, RopeConfig, load_config
 from model.kv_cache import KVCache
 from model.loader import load_weights
 from model.transformer import Transformer
@@ -210,6 +210,7 @@ ABSENT: dict[str, Any] = {
     "norm_plus_one": False,
     "post_norms": False,
     "qk_norm": False,
+    "norm_topk_prob": False,
     "hidden_act": "silu",
     "qkv_bias": False,
     "o_bias": False,
@@ -240,9 +241,11 @@ def without_each_feature(config: ModelConfig, max_seq_len: int) -> Iterator[tupl
         if getattr(config, name) != absent:
             yield name, replace(config, **{name: absent})
     if any(layer.attention == "sliding" for layer in config.layers):
-        yield "windows", replace(config, layers=tuple(LayerConfig("full", layer.rope) for layer in config.layers))
+        yield "windows", replace(config, layers=tuple(replace(layer, attention="full") for layer in config.layers))
         yield "window size", replace(config, sliding_window=(config.sliding_window or 0) + 1)
-    if len(set(config.layers)) > 1:
+    if config.num_experts:
+        yield "experts of a token", replace(config, num_experts_per_tok=config.num_experts_per_tok + 1)
+    if len(set(config.layers)) > 1 and len({layer.experts for layer in config.layers}) == 1:
         yield "order of layers", replace(config, layers=config.layers[1:] + config.layers[:1])
     for rope in {layer.rope for layer in config.layers}:
         if rope is None:
@@ -298,7 +301,8 @@ def test_every_field_of_a_configuration_is_judged() -> None:
     shapes = {
         "family", "vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
         "head_dim", "max_position_embeddings", "layers", "rms_norm_eps", "tie_word_embeddings", "sliding_window",
-        "bos_token_id", "eos_token_ids",
+        "bos_token_id", "eos_token_ids", "stored_layers", "stored_extra_embeddings", "num_experts",
+        "num_experts_per_tok", "moe_intermediate_size", "qk_norm_whole",
     }  # fmt: skip
     assert {field.name for field in fields(ModelConfig)} == shapes | set(ABSENT)
 

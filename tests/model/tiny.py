@@ -46,6 +46,20 @@ class Case:
                 "patch_size": 4,
             }
             return transformers.Gemma3Config(text_config=options, vision_config=vision, mm_tokens_per_image=4)
+        if self.config_class == "MllamaConfig":
+            # Its pictures' encoder is kept small; nothing of it takes part in a text.
+            vision = {
+                "hidden_size": 8,
+                "intermediate_size": 8,
+                "num_hidden_layers": 1,
+                "num_global_layers": 1,
+                "attention_heads": 1,
+                "image_size": 8,
+                "patch_size": 4,
+                "vision_output_dim": 16,
+                "intermediate_layers_indices": [0],
+            }
+            return transformers.MllamaConfig(text_config=options, vision_config=vision, image_token_index=VOCAB)
         return getattr(transformers, self.config_class)(**options)
 
     def model(self) -> nn.Module:
@@ -125,6 +139,28 @@ CASES: dict[str, Case] = {
         max_position_embeddings=1024,
         rope_parameters=rope("yarn", theta=100.0, attention_factor=0.8, **_YARN),
     ),
+    "mllama": Case(
+        "MllamaForConditionalGeneration",
+        "MllamaConfig",
+        {
+            "hidden_size": 64,
+            "num_hidden_layers": 5,
+            "cross_attention_layers": [1, 3],
+            "rope_parameters": rope(
+                "llama3",
+                theta=1000.0,
+                factor=4.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+        },
+    ),
+    "mllama-text": Case(
+        "MllamaForCausalLM",
+        "MllamaTextConfig",
+        {"num_hidden_layers": 3, "cross_attention_layers": [0], "rope_parameters": rope(theta=1000.0)},
+    ),
     "mistral": _case("Mistral", sliding_window=7, head_dim=16, rope_parameters=rope()),
     "mistral-full": _case("Mistral", sliding_window=None, rope_parameters=rope()),
     "granite": _case(
@@ -157,6 +193,36 @@ CASES: dict[str, Case] = {
         sliding_window=5,
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters=rope(),
+    ),
+    "mixtral": _case("Mixtral", num_local_experts=5, num_experts_per_tok=2, head_dim=16, rope_parameters=rope()),
+    "mixtral-window": _case("Mixtral", num_local_experts=3, sliding_window=7, rope_parameters=rope()),
+    "qwen3-moe": _case(
+        "Qwen3Moe",
+        num_hidden_layers=4,
+        num_experts=6,
+        num_experts_per_tok=3,
+        moe_intermediate_size=16,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        head_dim=16,
+        rope_parameters=rope(),
+    ),
+    "qwen3-moe-windows": _case(
+        "Qwen3Moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        norm_topk_prob=False,
+        attention_bias=True,
+        use_sliding_window=True,
+        sliding_window=7,
+        tie_word_embeddings=True,
+        rope_parameters=rope(),
+    ),
+    "olmoe": _case("Olmoe", num_experts=6, num_experts_per_tok=2, num_key_value_heads=4, rope_parameters=rope()),
+    "olmoe-normalized": _case(
+        "Olmoe", num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, attention_bias=True, rope_parameters=rope()
     ),
     "phi3": _case("Phi3", sliding_window=7, rope_parameters=rope(partial_rotary_factor=1.0)),
     "phi3-short": _case(
@@ -202,6 +268,7 @@ CASES: dict[str, Case] = {
         tie_word_embeddings=False,
         rope_parameters=rope(),
     ),
+    "gemma": _case("Gemma", head_dim=16, tie_word_embeddings=True, rope_parameters=rope()),
     "gemma2": _case(
         "Gemma2",
         num_hidden_layers=3,

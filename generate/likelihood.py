@@ -6,7 +6,7 @@ as the examples that each question of a task begins with. What then differs is r
 the same length together.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -72,6 +72,10 @@ class Family:
     def longest(self) -> int:
         return len(self.rows[0].tokens)
 
+    def is_read_apart(self, base: int) -> bool:
+        """Whether what is shared beyond the first `base` tokens is worth being read by itself, and copied."""
+        return len(self.rows) > 1 and self.shared - base >= LEAST_SHARED
+
 
 @dataclass
 class Tally:
@@ -116,29 +120,67 @@ class Reader:
                 self._read([Piece(0, 0, beginning)], requests, tally)
                 for slot in range(1, self.num_slots):
                     self.cache.copy(0, slot, base)
-            for batch in batches(families, self.num_slots):
-                self._read_batch(batch, base, requests, tally)
-                on_done(sum(len(row.asked) for family in batch for row in family.rows))
+            for ahead in self._ahead(batches(families, self.num_slots), base):
+                kept = self._read_beginnings(ahead, base, requests, tally)
+                for batch in ahead:
+                    self._read_batch(batch, base, kept, requests, tally)
+                    on_done(sum(len(row.asked) for family in batch for row in family.rows))
         return [Likelihood(*found) for found in zip(tally.logprobs, tally.greedy, strict=True)], tally.tokens
 
-    def _read_batch(self, batch: Sequence[Family], base: int, requests: Sequence[Continuation], tally: Tally) -> None:
+    def _ahead(self, found: Iterable[list[Family]], base: int) -> Iterator[list[list[Family]]]:
+        """Batches whose beginnings are short enough to be read at once, before any of their rows: a step that reads few
+        tokens takes about as long as one that reads some more.
+        """
+        ahead: list[list[Family]] = []
+        lengths: list[int] = []
+        for batch in found:
+            its = [family.shared - base for family in batch if family.is_read_apart(base)]
+            lengths += its
+            if ahead and (len(lengths) > self.num_slots or len(lengths) * max(lengths, default=0) > self.most_tokens):
+                yield ahead
+                ahead, lengths = [], its
+            ahead.append(batch)
+        if ahead:
+            yield ahead
+
+    def _read_beginnings(
+        self, ahead: Sequence[list[Family]], base: int, requests: Sequence[Continuation], tally: Tally
+    ) -> dict[Family, list[Tensor]]:
+        """The keys and values of what the families of several batches begin with; none of a batch that is by itself,
+        whose beginnings are best read where they are wanted.
+        """
+        if len(ahead) == 1:
+            return {}
+        families = [family for batch in ahead for family in batch if family.is_read_apart(base)]
+        self._read((Piece(i, base, family.beginning[base:]) for i, family in enumerate(families)), requests, tally)
+        return {family: self.cache.kept(i, base, family.shared) for i, family in enumerate(families)}
+
+    def _read_batch(
+        self,
+        batch: Sequence[Family],
+        base: int,
+        kept: Mapping[Family, list[Tensor]],
+        requests: Sequence[Continuation],
+        tally: Tally,
+    ) -> None:
         """Families that have room in the slots together, or one whose rows take turns. Each slot holds the first
-        `base` tokens already.
+        `base` tokens already; `kept` are beginnings that were read before.
         """
         placed: list[tuple[Family, int, list[int]]] = []
         next_slot = 0
         for family in batch:
             slots = list(range(next_slot, min(self.num_slots, next_slot + len(family.rows))))
             next_slot += len(slots)
-            apart = len(family.rows) > 1 and family.shared - base >= LEAST_SHARED
-            placed.append((family, family.shared if apart else base, slots))
-        apart_pieces = [
-            Piece(slots[0], base, family.beginning[base:]) for family, start, slots in placed if start > base
-        ]
-        self._read(apart_pieces, requests, tally)
-        for _, start, slots in placed:
-            for slot in slots[1:] if start > base else ():
-                self.cache.copy(slots[0], slot, start, first=base)
+            placed.append((family, family.shared if family.is_read_apart(base) else base, slots))
+        apart = [one for one in placed if one[1] > base]
+        if not kept:
+            self._read((Piece(slots[0], base, one.beginning[base:]) for one, _, slots in apart), requests, tally)
+        for family, start, slots in apart:
+            if kept:
+                self.cache.put(kept[family], slots, base)
+            else:
+                for slot in slots[1:]:
+                    self.cache.copy(slots[0], slot, start, first=base)
         rounds = max(-(-len(family.rows) // len(slots)) for family, _, slots in placed)
         for turn in range(rounds):
             rows = [

@@ -46,6 +46,15 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[target, :, first:length] = tensor[source, :, first:length]
 
+    def kept(self, slot: int, first: int, length: int) -> list[Tensor]:
+        """What slot `slot` holds of positions `first` to `length`, for `put`."""
+        return [tensor[slot, :, first:length].clone() for tensor in (*self.keys, *self.values)]
+
+    def put(self, kept: list[Tensor], slots: list[int], first: int) -> None:
+        """Each of the slots holds again, from position `first` on, what was kept."""
+        for tensor, part in zip((*self.keys, *self.values), kept, strict=True):
+            tensor[slots, :, first : first + part.shape[1]] = part
+
     @property
     def num_slots(self) -> int:
         return self.keys[0].shape[0]

@@ -11,8 +11,9 @@ from config.errors import UserError
 from generate import compilation
 from generate.backends import ARTIFACT
 from generate.engine import Engine
-from generate.likelihood import Continuation, batches, clusters, families_of
+from generate.likelihood import Continuation, Read, batches, clusters, families_of
 from generate.scheduler import slots_needed
+from generate.step import read
 from model.kv_cache import KVCache
 from model.transformer import Transformer
 from tests.generate.test_compilation import make_engine, make_model, model_config
@@ -20,9 +21,9 @@ from tests.generate.test_compilation import make_engine, make_model, model_confi
 MAX_SEQ_LEN, VOCAB = 64, 97
 
 
-def engine_of(model: Transformer, num_seqs: int, chunk: int = 512) -> Engine:
+def engine_of(model: Transformer, num_seqs: int, chunk: int = 512, read_fn: Read = read) -> Engine:
     cache = KVCache.create(model.config, slots_needed(num_seqs), MAX_SEQ_LEN, "cpu", torch.float32)
-    return Engine(model, cache, None, vocab_size=VOCAB, max_num_seqs=num_seqs, prefill_chunk=chunk)
+    return Engine(model, cache, None, vocab_size=VOCAB, max_num_seqs=num_seqs, prefill_chunk=chunk, read_fn=read_fn)
 
 
 def log_probabilities(model: Transformer, ids: tuple[int, ...]) -> Tensor:
@@ -100,6 +101,18 @@ def test_what_several_begin_with_is_read_once(model):
     engine = engine_of(model, 4)
     engine.score(asked)
     assert engine.ledger.prefill_tokens == len(examples) + 12 * 6  # 4 tokens are too few to be read apart
+
+
+def test_what_the_questions_of_several_batches_begin_with_is_read_at_once(model):
+    shapes: list[tuple[int, ...]] = []
+
+    def counted(model, cache, tokens_BT, *rest):
+        shapes.append(tuple(tokens_BT.shape))
+        return read(model, cache, tokens_BT, *rest)
+
+    asked = [Continuation(tuple(range(n, n + 20)), (token, token, 3)) for n in (1, 21, 41, 61) for token in (1, 2)]
+    engine_of(model, 4, read_fn=counted).score(asked)
+    assert shapes == [(4, 19), (4, 3), (4, 3)]
 
 
 def test_what_is_generated_after_scoring_is_what_it_was_before(model, requests):

@@ -236,6 +236,7 @@ def make_engine(
         model,
         compile_decode=settings.compile,
         compile_prefill=settings.compile_prefill,
+        capture_prefill=serves,
         prefill_chunk=chunk,
         cache_dir=keep_in,
         ledger=ledger,

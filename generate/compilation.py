@@ -1,8 +1,8 @@
 """What is compiled, how, and the cache of it that lasts between runs. Knows the steps and their tensors; not who asks.
 
 A step is compiled ahead of time, with every tensor it touches as an input, into one file that is kept: the next run
-loads that with no tracing. On CUDA the decode step, compiled or not, is captured into a graph: else the GPU waits
-for the host, which takes longer to issue the kernels of a step than the GPU to run them.
+loads that with no tracing. On CUDA decode steps and short prompts, compiled or not, are captured into graphs
+(`generate.graphs`).
 """
 
 import os
@@ -22,6 +22,7 @@ from config.settings import shorten
 from generate import step
 from generate.artifacts import environment_key, keep_package, kept_in, let_compilers_keep, native_compiler
 from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Largest, Program
+from generate.graphs import ShortPrefill, captured_decode
 from generate.sampling import RowParams, SamplingPlan
 from generate.stats import Ledger
 from generate.step import DecodeState, LanguageModel
@@ -110,23 +111,29 @@ class CompiledSteps:
         *,
         compile_decode: bool,
         compile_prefill: bool,
+        capture_prefill: bool = False,
         prefill_chunk: int,
         cache_dir: Path | None,
         ledger: Ledger,
         report: Callable[[str], None],
     ) -> None:
-        """cache_dir: where compiled steps are kept; None keeps none. report: told of each hit and miss, in words."""
+        """capture_prefill: short chunks become graphs where there are any, which takes longer than one prompt saves.
+        cache_dir: where compiled steps are kept; None keeps none. report: told of each hit and miss, in words.
+        """
         self.model = model
         self.compile_decode, self.compile_prefill = compile_decode, compile_prefill
         self.prefill_chunk = prefill_chunk
         self.cache_dir = cache_dir
         self.captures = any(kernels.usable(p) for p in model.parameters() if p.is_floating_point())
+        # A mixture of experts reads each row's experts for itself: many rows are for its other way.
+        self.capture_prefill = capture_prefill and self.captures and not model.config.num_experts
         if compile_decode or compile_prefill or self.captures:
             let_compilers_keep(cache_dir)
         self.ledger, self.report = ledger, report
         self._decoders: dict[tuple[int, SamplingPlan | None], Callable[[Tensor], Tensor]] = {}
         self._decode_programs: dict[tuple[bool, SamplingPlan | None], Program] = {}
         self._prefill: Callable[..., Tensor] | None = None
+        self._short: ShortPrefill | None = None
         self._readers: dict[bool, Callable[..., Tensor]] = {}
         self._graphs: Any = None
 
@@ -134,6 +141,9 @@ class CompiledSteps:
         """Compile, or load, what prompts and decoding rows `slots_B` will need."""
         if self.compile_prefill:
             self._prefill_of(cache)
+        if self.capture_prefill:
+            with self.ledger.phase("compile"):
+                self._short_of(cache).prepare()
         if self.compile_decode or self.captures:
             self._decoder(cache, state, slots_B, plan)
 
@@ -156,6 +166,8 @@ class CompiledSteps:
         context: int,
     ) -> Tensor:
         """`generate.step.prefill`."""
+        if self.capture_prefill and ShortPrefill.takes(tokens_1T.shape[1], context):
+            return self._short_of(cache)(tokens_1T, start_1, slots_1, last_1)
         if not self.compile_prefill:
             return step.prefill(model, cache, tokens_1T, start_1, slots_1, last_1, context)
         if tokens_1T.shape[1] == 1:  # a length of one would be compiled apart; what padding writes is overwritten
@@ -227,9 +239,7 @@ class CompiledSteps:
             with self.ledger.phase("compile"):
                 program = self._decode_program(cache, flat, slots_B, plan) if self.compile_decode else eager
                 if slots_B.is_cuda:
-                    if self._graphs is None:  # replays follow one another, and what one gives is read before the next
-                        self._graphs = torch.cuda.graph_pool_handle()
-                    self._decoders[key] = captured(program, flat, slots_B, state, self._graphs)
+                    self._decoders[key] = captured_decode(program, flat, slots_B, state, self._pool())
                 else:
                     self._decoders[key] = lambda slots: program([*flat, slots])
         return self._decoders[key]
@@ -275,6 +285,17 @@ class CompiledSteps:
                 )
             self._prefill = lambda *rest: program([*flat, *rest])
         return self._prefill
+
+    def _short_of(self, cache: KVCache) -> ShortPrefill:
+        if self._short is None:
+            self._short = ShortPrefill(self.model, cache, self._pool())
+        return self._short
+
+    def _pool(self) -> Any:
+        """Memory of all graphs: their replays follow one another, and what one gives is read before the next."""
+        if self._graphs is None:
+            self._graphs = torch.cuda.graph_pool_handle()
+        return self._graphs
 
     def _tensors(self, cache: KVCache) -> Tensors:
         return Tensors(tuple(name for name, _ in self.model.named_parameters()), self.model, cache.max_seq_len)
@@ -352,36 +373,3 @@ def _failure(flag: str, compiler: str, error: Exception) -> str:
         f"{flag}: compiling with {compiler} failed: {type(error).__name__}: {shorten(telling, 200)}; "
         f"leave {flag} out, or see all of it with TORCHCHAT_DEBUG=1"
     )
-
-
-def captured(
-    program: Program, flat: list[Tensor], slots_B: Tensor, state: DecodeState, pool: Any
-) -> Callable[[Tensor], Tensor]:
-    """The step as one CUDA graph: a replay costs the host one launch. Its warm-up leaves no trace in the state. pool:
-    of memory that graphs share which never run at once.
-    """
-    slots = slots_B.clone()
-    held = [state.tokens, state.positions, state.seen]
-    saved = [tensor.clone() for tensor in held]
-
-    def restore() -> None:
-        for tensor, before in zip(held, saved, strict=True):
-            tensor.copy_(before)
-
-    stream = torch.cuda.Stream(slots.device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(slots.device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            program([*flat, slots])
-            restore()  # each time: the second run must not be one position further, past the end of the cache
-    torch.cuda.current_stream(slots.device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        tokens_B = program([*flat, slots])
-
-    def replay(slots_B: Tensor) -> Tensor:
-        slots.copy_(slots_B)
-        graph.replay()
-        return tokens_B
-
-    return replay

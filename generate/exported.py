@@ -22,7 +22,8 @@ from config.errors import UserError
 from config.settings import shorten
 from generate.artifacts import environment_key, keep_package, kept_in, native_compiler
 from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Function, Largest, Program
-from generate.compilation import LEAST_LENGTHS, Tensors, captured, load_kept, loads_packages
+from generate.compilation import LEAST_LENGTHS, Tensors, load_kept, loads_packages
+from generate.graphs import captured_decode
 from generate.sampling import CANDIDATES, SamplingPlan
 from generate.step import DecodeState, LanguageModel, choose, prefill, read
 from model.kv_cache import KVCache
@@ -234,7 +235,7 @@ class ExportedSteps:
             def step(inputs: list[Tensor]) -> Tensor:
                 return self._decode(cache, state, inputs[-1], plan)
 
-            self._decoders[key] = captured(step, [], slots_B, state, self._graphs)
+            self._decoders[key] = captured_decode(step, [], slots_B, state, self._graphs)
         return self._decoders[key]
 
     def _tensors(self, cache: KVCache) -> list[Tensor]:

@@ -92,6 +92,19 @@ def prefill(
     return model(tokens_1T, start_1, cache, slots_1, context, last_1)
 
 
+def prefill_rows(
+    model: LanguageModel, cache: KVCache, tokens_1T: Tensor, start_1: Tensor, slots_1: Tensor, last_1: Tensor
+) -> Tensor:
+    """`prefill`, each token a row of its own as in decoding: all rows write their keys and values before any of them
+    attends. Needs no context, and so nothing that the host would have to know. What is right of `last_1` is read as if
+    it were that last token again, which changes nothing.
+    """
+    at_T = torch.arange(tokens_1T.shape[1], device=tokens_1T.device).minimum(last_1)
+    slots_T = slots_1.repeat(at_T.shape[0])
+    x_T1D = model.hidden(tokens_1T[0, at_T][:, None], start_1 + at_T, cache, slots_T, cache.max_seq_len)
+    return model.logits(x_T1D[-1:]).squeeze(1)
+
+
 def read(
     model: LanguageModel, cache: KVCache, tokens_BT: Tensor, start_B: Tensor, slots_B: Tensor, context: int | Tensor
 ) -> Tensor:

@@ -64,12 +64,14 @@ def make_engine(
     max_num_seqs: int = 2,
     max_seq_len: int = MAX_SEQ_LEN,
     every_batch: bool = False,
+    capture_prefill: bool = False,
 ) -> Engine:
     weight, ledger = model.norm.weight, Ledger()
     steps = CompiledSteps(
         model,
         compile_decode=compiled,
         compile_prefill=compiled and prefill,
+        capture_prefill=capture_prefill,
         prefill_chunk=CHUNK,
         cache_dir=cache_dir,
         ledger=ledger,
@@ -85,7 +87,7 @@ def make_engine(
         prefill_fn=steps.prefill,
         read_fn=steps.read,
         decode_fn=steps.decode,
-        prepare_fn=steps.prepare if compiled else None,
+        prepare_fn=steps.prepare if compiled or capture_prefill else None,
         every_batch=every_batch,
         ledger=ledger,
     )

@@ -58,7 +58,8 @@ from model.export import (
 )
 from model.kv_cache import KVCache
 from model.moe_experts import ExpertLinear
-from model.native import ATTENTION, EXPERTS, op_library
+from model.native import ATTENTION, EXPERTS, PRODUCTS, op_library
+from model.products import multiplies
 from model.saved import Layout
 from model.transformer import Transformer
 from quant import native
@@ -68,7 +69,7 @@ ROOM = 48 << 20
 """Of the disk, beside weights and small files: compiled code, and what the compilers write on the way."""
 CHECKED_TOKENS = 16
 CHECKED_PROMPT = "Once upon a time, there was a little girl who had a red ball. One day"
-ATTENTION_OPS, EXPERTS_OPS = "attention.so", "experts.so"
+ATTENTION_OPS, EXPERTS_OPS, PRODUCTS_OPS = "attention.so", "experts.so", "products.so"
 CLOSE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """How far logits of the package may be from eager ones, as a share of their size: what rounding in another order makes.
 """
@@ -166,6 +167,8 @@ def _libraries(prepared: Prepared, keep_in: Path | None) -> dict[str, bytes]:
     if form_for(prepared.device.device) != AOTINDUCTOR:
         return {}
     found = {NATIVE + ATTENTION_OPS: op_library(ATTENTION, keep_in, status)}
+    if not multiplies(prepared.dtype.dtype):
+        found[NATIVE + PRODUCTS_OPS] = op_library(PRODUCTS, keep_in, status)
     if any(isinstance(module, ExpertLinear) for module in planned_model(prepared).modules()):
         found[NATIVE + EXPERTS_OPS] = op_library(EXPERTS, keep_in, status)
     if prepared.plan is not None and prepared.plan.assignments:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import kernels
+from model.products import linear
 from model.tracing import is_tracing
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -97,5 +98,5 @@ class Linear(nn.Linear):
             y = torch.mv(self.weight, x.reshape(-1))
             y = (y if self.bias is None else y + self.bias).view(*x.shape[:-1], -1)
         else:
-            y = F.linear(x, self.weight, self.bias)
+            y = linear(x, self.weight, self.bias)
         return finish(y, gate, residual, multiplier)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model import kernels, moe_kernels
 from model.layers import Linear, finish
 from model.ops import register_op
+from model.products import linear
 from model.tracing import is_tracing
 
 FEW = 16
@@ -74,7 +75,7 @@ def expert_linear(
     def product(x_RK: Tensor, expert: int) -> Tensor:
         if len(x_RK) == 1 and x_RK.dtype == torch.bfloat16 and not x_RK.is_cuda:
             return torch.mv(weight_ENK[expert], x_RK.view(-1)).unsqueeze(0)  # as `Linear` does, and why
-        return F.linear(x_RK, weight_ENK[expert])
+        return linear(x_RK, weight_ENK[expert])
 
     return by_expert(x_MJK, experts_MC, weights_MC, weight_ENK.shape[1], gate, product)
 

@@ -18,7 +18,8 @@ from config.errors import UserError
 
 _FOLDER = Path(__file__).parent / "native"
 ATTENTION = (_FOLDER / "attention.cpp", _FOLDER / "register.h")
-EXPERTS = (_FOLDER / "experts.cpp", _FOLDER / "experts.h", _FOLDER / "register.h")
+PRODUCTS = (_FOLDER / "products.cpp", _FOLDER / "products.h", _FOLDER / "register.h")
+EXPERTS = (_FOLDER / "experts.cpp", _FOLDER / "experts.h", *PRODUCTS[1:])
 """The first of each is compiled, and includes the others."""
 FLAGS = ("-std=c++20", "-O3", "-shared", "-fPIC", "-fopenmp")
 KEPT_LIBRARIES = 4

@@ -31,7 +31,7 @@ SOURCES = tuple(
 """The first is compiled, and includes the others."""
 OP_SOURCES = (
     Path(__file__).parent / "native" / "op.cpp",
-    *(Path(__file__).parent.parent / "model" / "native" / name for name in ("register.h", "experts.h")),
+    *(Path(__file__).parent.parent / "model" / "native" / name for name in ("register.h", "experts.h", "products.h")),
     *SOURCES,
 )
 """The same, and the op that calls it, for programs without Python (`model.native.op_library`)."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from model import kernels as model_kernels
 from model.ops import register_op
+from model.products import multiplies
 from quant import kernels, matmul, native
 from quant.formats import Format
 from quant.packed import dequantize
@@ -54,6 +55,7 @@ def _by_panels(
 ) -> Tensor:  # fmt: skip
     N = values.shape[0]
     y = torch.empty(x.shape[0], N, dtype=x.dtype)
+    x = x if multiplies(x.dtype) else x.float()
     step = max(64, PANEL_BYTES // (K * x.dtype.itemsize) // 32 * 32)
     for start in range(0, N, step):
         stop = min(N, start + step)
@@ -62,7 +64,7 @@ def _by_panels(
         else:
             its_zero = None if zero is None else zero[start:stop]
             panel = dequantize(values[start:stop], scale[start:stop], its_zero, K, bits, group_size, x.dtype)
-        y[:, start:stop] = F.linear(x, panel, None if bias is None else bias[start:stop])
+        y[:, start:stop] = F.linear(x, panel, None if bias is None else bias[start:stop].to(x.dtype))
     return y
 
 

@@ -1,7 +1,7 @@
 // The op of model/moe_experts.py in C++, for programs that run without Python.
 #include "experts.h"
+#include "products.h"
 
-#include <ATen/ops/linear.h>
 #include <ATen/ops/mv.h>
 
 namespace {
@@ -12,7 +12,7 @@ Tensor expert_linear(const Tensor& x_MJK, const Tensor& weight, const Tensor& ex
     const auto product = [&](const Tensor& x_RK, int64_t expert) {
         if (x_RK.size(0) == 1 && x_RK.scalar_type() == at::kBFloat16)
             return at::mv(weight_ENK.select(0, expert), x_RK.view({-1})).unsqueeze(0);
-        return at::linear(x_RK, weight_ENK.select(0, expert));
+        return wide_linear(x_RK, weight_ENK.select(0, expert));
     };
     return by_expert(x_MJK, experts_MC, weights_MC, weight_ENK.size(1), gate, product);
 }

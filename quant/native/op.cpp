@@ -3,10 +3,9 @@
 #include "kernels.cpp"
 
 #include "../../model/native/experts.h"
+#include "../../model/native/products.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 
 namespace {
 
@@ -41,15 +40,17 @@ Tensor quantized_linear(const Tensor& x_MK, const Tensor& values, const Tensor& 
                          zero_type, threads);
         return out;
     }
-    const int64_t step = std::max<int64_t>(64, PANEL_BYTES / (K * x.element_size()) / 32 * 32);
+    const Tensor wide = multiplies(x.scalar_type()) ? x : x.to(at::kFloat);
+    const int64_t step = std::max<int64_t>(64, PANEL_BYTES / (K * wide.element_size()) / 32 * 32);
     for (int64_t start = 0; start < N; start += step) {
         const int64_t rows = std::min(step, N - start);
-        Tensor panel = at::empty({rows, K}, x.options());
+        Tensor panel = at::empty({rows, K}, wide.options());
         torchchat_dequantize(values.const_data_ptr(), scale.const_data_ptr(), data(zero), panel.mutable_data_ptr(),
                              start, start + rows, N, K, group_size, int(bits), code(values), code(scale), zero_type,
-                             code(x), threads);
-        const optional<Tensor> its_bias = bias ? optional<Tensor>(bias->narrow(0, start, rows)) : std::nullopt;
-        out.narrow(1, start, rows).copy_(at::linear(x, panel, its_bias));
+                             code(wide), threads);
+        optional<Tensor> its_bias;
+        if (bias) its_bias = bias->narrow(0, start, rows).to(wide.scalar_type());
+        out.narrow(1, start, rows).copy_(at::linear(wide, panel, its_bias));
     }
     return out;
 }
@@ -96,14 +97,14 @@ Tensor quantized_experts(const Tensor& x_MJK, const Tensor& values, const Tensor
     return by_expert(x, experts_MC, weights_MC, N, gate, product, scale_MJ1);
 }
 
-const Registered experts("quantized_experts",
-                         "(Tensor x_MJK, Tensor values, Tensor scale, Tensor? zero, Tensor experts_MC, "
-                         "Tensor? weights_MC, SymInt num_experts, str? gate, SymInt bits, SymInt group_size, "
-                         "str? activation) -> Tensor",
-                         TORCH_FN(quantized_experts));
-const Registered linear("quantized_linear",
-                        "(Tensor x, Tensor values, Tensor scale, Tensor? zero, Tensor? bias, SymInt K, SymInt bits, "
-                        "SymInt group_size) -> Tensor",
-                        TORCH_FN(quantized_linear));
+const Registered experts_op("quantized_experts",
+                            "(Tensor x_MJK, Tensor values, Tensor scale, Tensor? zero, Tensor experts_MC, "
+                            "Tensor? weights_MC, SymInt num_experts, str? gate, SymInt bits, SymInt group_size, "
+                            "str? activation) -> Tensor",
+                            TORCH_FN(quantized_experts));
+const Registered linear_op("quantized_linear",
+                           "(Tensor x, Tensor values, Tensor scale, Tensor? zero, Tensor? bias, SymInt K, SymInt bits, "
+                           "SymInt group_size) -> Tensor",
+                           TORCH_FN(quantized_linear));
 
 }  // namespace

@@ -9,7 +9,8 @@ import torch
 from config.errors import UserError
 from model.attention import decode_attention, prefill_attention
 from model.moe_experts import expert_linear, shape_of
-from model.native import ATTENTION, EXPERTS, load_op_library, op_library
+from model.native import ATTENTION, EXPERTS, PRODUCTS, load_op_library, op_library
+from model.products import WIDE_ROWS, linear_by_panels
 
 SLOTS, KV_HEADS, LENGTH, SIZE = 3, 2, 40, 16
 KINDS = list(itertools.product((1, 3), (None, 5, 64), (None, 2.0), (torch.float32, torch.bfloat16)))
@@ -19,14 +20,14 @@ KINDS = list(itertools.product((1, 3), (None, 5, 64), (None, 2.0), (torch.float3
 @pytest.fixture(scope="module", autouse=True)
 def library(warm: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.mktemp("ops")
-    for name, sources in (("experts.so", EXPERTS), ("attention.so", ATTENTION)):
+    for name, sources in (("experts.so", EXPERTS), ("products.so", PRODUCTS), ("attention.so", ATTENTION)):
         (path := directory / name).write_bytes(op_library(sources, warm, lambda line: None))
         load_op_library(path)
     load_op_library(path)  # once is enough, and twice does no harm
     again = path.with_name("again.so")
     again.write_bytes(path.read_bytes() + b"\0")
     load_op_library(again)
-    for name in ("decode_attention", "prefill_attention", "expert_linear"):
+    for name in ("decode_attention", "prefill_attention", "expert_linear", "linear_by_panels"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"torchchat::{name}", "CPU")
 
 
@@ -57,6 +58,14 @@ def test_reading_gives_the_same_bits(
         rest = (0.3, window, softcap)
         found = torch.ops.torchchat.prefill_attention(q, k, v, keys, values, *rows, torch.tensor(context), *rest)
         assert torch.equal(found, prefill_attention(q, k, v, keys, values, *rows, context, *rest))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_give_the_same_bits(dtype: torch.dtype) -> None:
+    weight, bias = noise(2050, 260, dtype=dtype), noise(1, 2050, dtype=dtype)[0]  # two panels and a part of one
+    for rows, its_bias in itertools.product((1, WIDE_ROWS - 1, WIDE_ROWS, 40), (None, bias)):
+        inputs = (noise(rows, 260, dtype=dtype), weight, its_bias)
+        assert torch.equal(torch.ops.torchchat.linear_by_panels(*inputs), linear_by_panels(*inputs))
 
 
 @pytest.mark.parametrize("gate", [None, "silu", "gelu", "gelu_tanh"])

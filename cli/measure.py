@@ -19,6 +19,7 @@ from generate.sequence import Sequence
 from model.device import measure_bandwidth, synchronize
 from model.kv_cache import KVCache
 from model.moe_experts import ExpertLinear
+from model.products import linear
 from model.transformer import Transformer
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True)
@@ -30,6 +31,8 @@ ROOM = WARMUP_STEPS + BLOCK_STEPS[1] + 2
 """Positions after a context that its measurement uses, if they are there; LEAST_ROOM if they are not."""
 LEAST_ROOM = WARMUP_STEPS + 3
 MATRIX_SIZE = {"cuda": 8192, "mps": 4096, "cpu": 2048}
+MATRIX_SECONDS = 0.5
+"""For so long matrices are multiplied, and once at least."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +80,20 @@ class DecodeRate:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Memory bandwidth, and the matrix products of `dtype`: the best of several. Takes a second or two."""
+    """Memory bandwidth, and the matrix products of `dtype` as a model's are made: the best of several. Takes a second or
+    two.
+    """
     bandwidth = measure_bandwidth(device)
     size = MATRIX_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(10):
+    best, spent = float("inf"), 0.0
+    while spent < MATRIX_SECONDS:
         synchronize(device)
         began = time.perf_counter()
-        a @ b
+        linear(a, b)
         synchronize(device)
-        best = min(best, time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        best, spent = min(best, seconds), spent + seconds
     del a, b
     if device.type == "cuda":
         torch.cuda.empty_cache()

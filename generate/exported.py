@@ -2,10 +2,10 @@
 signatures. Knows steps and their tensors; not the package's other contents.
 
 Prefill is one entry point for any length, decode one for a single row and, where several sequences are to run, one for
-any number of rows. They end with logits: sampling stays outside, so that the few entry points serve every way of
-sampling, and a program without Python too. The usual ways for one row are an entry point of their own. Weights, keys
-and values are inputs, as they are to every compiled step (`generate.compilation`), so that the entry points share one
-copy of each.
+any number of rows. They end with logits, so that the few of them serve every way of sampling, and a program without
+Python too; decode takes the likeliest token itself where it is told to. The usual ways of sampling for one row are an
+entry point of their own. Weights, keys and values are inputs, as they are to every compiled step
+(`generate.compilation`), so that the entry points share one copy of each.
 """
 
 import tempfile
@@ -56,7 +56,9 @@ def tensors_of(model: Transformer, max_seq_len: int) -> Tensors:
 
 def entry_points(model: Transformer, cache: KVCache, prefill_chunk: int) -> list[EntryPoint]:
     """All that a model needs whose sequences live in `cache`. After the tensors of model and cache, prefill takes what
-    `generate.step.prefill` does, and decode tokens, positions and slots, int64 [B]; both return logits, float32 [., V].
+    `generate.step.prefill` does, and decode tokens, positions and advance of a DecodeState, greedy, int64 [1], and
+    slots, int64 [B]; both return logits, float32 [., V]. Where greedy is 1 and not 0, decode notes the likeliest tokens
+    in the state, as `generate.step.choose` does.
     """
     tensors = tensors_of(model, cache.max_seq_len)
     flat = tensors.flatten(cache)
@@ -66,25 +68,29 @@ def entry_points(model: Transformer, cache: KVCache, prefill_chunk: int) -> list
         return prefill(its_model, its_cache, tokens, start, slots, last, context)
 
     def traced_decode(*inputs: Tensor) -> Tensor:
-        its_model, its_cache, (tokens, positions, slots) = tensors.restore(inputs)
-        length = its_cache.max_seq_len
-        return its_model(tokens[:, None], positions, its_cache, slots, length, torch.zeros_like(slots))
+        its_model, its_cache, (newest, positions, advance, greedy, slots) = tensors.restore(inputs)
+        tokens_B, positions_B, length = newest[slots], positions[slots], its_cache.max_seq_len
+        logits_BV = its_model(tokens_B[:, None], positions_B, its_cache, slots, length, torch.zeros_like(slots))
+        newest[slots] = torch.where(greedy == 1, logits_BV.argmax(-1), tokens_B)
+        positions[slots] = positions_B + advance[slots] * greedy
+        return logits_BV
 
     def indices(*shape: int, value: int = 0) -> Tensor:
         return torch.full(shape, value, dtype=torch.int64, device=cache.keys[0].device)
 
     length = max(LEAST_LENGTHS, min(prefill_chunk, cache.max_seq_len))
     some = length // 2
+    standing = [*(indices(cache.num_slots) for _ in range(3)), indices(1)]
     reading = [indices(1, some), indices(1), indices(1), indices(1), torch.tensor(some)]
     found = [
         EntryPoint(PREFILL, traced_prefill, [*flat, *reading], {len(flat): {1: "T"}}, {"T": length}),
-        EntryPoint(DECODE, traced_decode, [*flat, indices(1), indices(1), indices(1)], {}, {}),
+        EntryPoint(DECODE, traced_decode, [*flat, *standing, indices(1)], {}, {}),
     ]
     if cache.num_slots > 1:
         largest = max(LEAST_LENGTHS, 2 * cache.num_slots)
-        rows = [indices(largest // 2), indices(largest // 2), indices(largest // 2, value=cache.num_slots - 1)]
-        dynamic = {len(flat) + i: {0: "B"} for i in range(3)}
-        found.append(EntryPoint(DECODE_BATCH, traced_decode, [*flat, *rows], dynamic, {"B": largest}))
+        rows = indices(largest // 2 + (largest // 2 == cache.num_slots), value=cache.num_slots - 1)
+        inputs = [*flat, *standing, rows]
+        found.append(EntryPoint(DECODE_BATCH, traced_decode, inputs, {len(inputs) - 1: {0: "B"}}, {"B": largest}))
     return [*found, _sample_entry(model, cache)]
 
 
@@ -172,6 +178,8 @@ class ExportedSteps:
         self._flat: tuple[KVCache, list[Tensor]] | None = None
         self._decoders: dict[tuple[int, SamplingPlan | None], Callable[[Tensor], Tensor]] = {}
         self._graphs: Any = None
+        device = next(model.parameters()).device
+        self._greedy, self._otherwise = (torch.full((1,), n, dtype=torch.int64, device=device) for n in (1, 0))
 
     def prepare(self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan | None) -> None:
         """Capture what decoding rows `slots_B` will need."""
@@ -216,9 +224,13 @@ class ExportedSteps:
 
     def _decode(self, cache: KVCache, state: DecodeState, slots_B: Tensor, plan: SamplingPlan | None) -> Tensor:
         program = self.programs[DECODE if slots_B.shape[0] == 1 else DECODE_BATCH]
-        logits_BV = program([*self._tensors(cache), state.tokens[slots_B], state.positions[slots_B], slots_B])
+        greedy = plan is not None and plan.greedy and not plan.penalties
+        standing = [state.tokens, state.positions, state.advance, self._greedy if greedy else self._otherwise]
+        logits_BV = program([*self._tensors(cache), *standing, slots_B])
         if plan is None:
             return logits_BV
+        if greedy:
+            return state.tokens[slots_B]
         usual = len(slots_B) == 1 and not plan.greedy and plan.candidates <= sampled_by(logits_BV.shape[1]).candidates
         if usual:
             return self.programs[SAMPLE]([*state.tensors(), logits_BV, slots_B])

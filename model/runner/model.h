@@ -12,9 +12,9 @@
 #include "package.h"
 
 struct Model {
-  const size_t max_seq_len, prefill_chunk;
+  const size_t max_seq_len, chunk, slots;
   explicit Model(const Package& package)
-      : max_seq_len(package.number("cache", 2)), prefill_chunk(package.number("prefill_chunk")),
+      : max_seq_len(package.number("cache", 2)), chunk(package.number("prefill_chunk")), slots(package.number("cache")),
         file_(at::from_file(package.path, false, std::filesystem::file_size(package.path), at::kByte)) {
     for (const Words& words : package.all("library")) load_ops(package.read("extra/native/" + words.at(0)));
     const size_t begin = package.archive->getRecordOffset("extra/model/model.safetensors");
@@ -40,12 +40,15 @@ struct Model {
     const c10::InferenceMode guard;
     at::Tensor logits;
     for (int64_t start = from, count; size_t(start) < tokens.size(); start += count) {
-      count = std::min(prefill_chunk, tokens.size() - start);
+      count = std::min(chunk, tokens.size() - start);
       const std::vector<int64_t> part(tokens.begin() + start, tokens.begin() + start + count);
       std::vector<at::Tensor> inputs = shared_;
-      for (int64_t value : {start, int64_t(0)}) inputs.push_back(at::tensor({value}));  // position and slot
-      if (count > 1) inputs.insert(inputs.end(), {at::tensor({count - 1}), at::tensor(start + count)});
-      inputs.insert(inputs.begin() + shared_.size(), count > 1 ? at::tensor(part).unsqueeze(0) : at::tensor(part));
+      const auto all = [](int64_t many, int64_t value) { return at::zeros({many}, at::kLong).add(value); };
+      if (count > 1)  // tokens, the first's position, slot, the last's place, context
+        inputs.insert(inputs.end(), {at::tensor(part).unsqueeze(0), all(1, start), all(1, 0), all(1, count - 1),
+                                     at::tensor(start + count)});
+      else  // of every slot token, position and advance; not to take the likeliest token; slot
+        inputs.insert(inputs.end(), {all(slots, part[0]), all(slots, start), all(slots, 0), all(1, 0), all(1, 0)});
       logits = (count > 1 ? prefill_ : decode_)->run(inputs).at(0);
     }
     return {logits.const_data_ptr<float>(), logits.const_data_ptr<float>() + logits.numel()};

@@ -80,7 +80,7 @@ class DecodeRate:
 
 
 def measure_machine(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Memory bandwidth, and matrix products of `dtype` as a model makes them: the best of several. Takes some seconds."""
+    """Memory bandwidth, and matrix products of `dtype` as a model makes them: the best of several. Takes seconds."""
     bandwidth = measure_bandwidth(device)
     size = MATRIX_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))

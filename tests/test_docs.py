@@ -102,7 +102,7 @@ def run_as_a_person(block: str, directory: Path, warm: Path) -> subprocess.Compl
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 

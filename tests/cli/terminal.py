@@ -29,7 +29,7 @@ from model.kv_cache import KVCache
 from tests.tiny_checkpoint import EOS, VOCAB, write_tiny_checkpoint
 
 CHUNK = PREFILL_CHUNK["cpu"]
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 ENTER, ALT_ENTER, CTRL_C, CTRL_D, CTRL_X_CTRL_E = "\r", "\x1b\r", "\x03", "\x04", "\x18\x05"
 UP, TAB = "\x1b[A", "\t"
 

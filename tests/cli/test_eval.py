@@ -418,7 +418,7 @@ def as_a_person(*argv: str, **environ: str) -> subprocess.CompletedProcess[str]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=480,
     )
 
 

@@ -62,7 +62,7 @@ def in_a_process(*argv: object, cache: Path, code: str = "", said: str = "", **e
         input=said,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     return Done(done.returncode, done.stdout, done.stderr)
 

@@ -206,7 +206,7 @@ def test_file_stdin_and_flag_are_the_same_prompt(
 def test_a_pipe_is_read_unasked_and_stdout_is_the_text_alone(tiny: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "TORCHCHAT_CACHE_DIR": str(tmp_path), "TORCHCHAT_DTYPE": "fp32"}
     process = start(tiny, "--max-new-tokens", 3, "--temperature", 0, stdin=subprocess.PIPE, env=environment)
-    out, err = process.communicate("Grüße", timeout=120)
+    out, err = process.communicate("Grüße", timeout=480)
     assert process.returncode == 0
     assert out.startswith("Grüße")
     assert len(out) > len("Grüße\n")
@@ -319,7 +319,7 @@ def test_ctrl_c_ends_with_what_there_is(endless: Path, tmp_path: Path, as_json: 
     shown = "" if as_json else process.stdout.read(len("Hello") + 3)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=240)
     assert process.returncode == 130
     if as_json:
         (sample,) = json.loads(out)["samples"]

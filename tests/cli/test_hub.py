@@ -49,7 +49,7 @@ def cli(hub: FakeHub, tmp_path: Path) -> Cli:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=400,
         )
 
     return run
@@ -196,7 +196,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_model(hub: FakeHub, tmp_path: Pat
         env=clean_environment() | hub.environment() | {"HF_HOME": str(tmp_path / "hf")},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
     )
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("torchchat: error: ")

@@ -173,7 +173,7 @@ def test_threads_that_wait_go_to_sleep_unless_the_person_decides(command, monkey
 
 def test_from_outside_in_another_directory(tmp_path):
     done = subprocess.run(
-        [sys.executable, ROOT / "torchchat.py", "nothing"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        [sys.executable, ROOT / "torchchat.py", "nothing"], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("torchchat: error: unknown command 'nothing'")
@@ -192,7 +192,7 @@ def test_a_reader_that_went_away_is_no_error():
     os.close(read_end)
     try:
         done = subprocess.run(
-            [sys.executable, ROOT / "torchchat.py", "--help"], stdout=write_end, stderr=subprocess.PIPE, timeout=60
+            [sys.executable, ROOT / "torchchat.py", "--help"], stdout=write_end, stderr=subprocess.PIPE, timeout=240
         )
     finally:
         os.close(write_end)

@@ -258,7 +258,7 @@ def _terminal(argv: list[str], environ: dict[str, str], directory: Path | None =
         env=clean_environment() | {"TERM": "xterm", "NO_COLOR": "1"} | environ,
         cwd=str(directory or os.getcwd()),
         encoding="utf-8",
-        timeout=60,
+        timeout=240,
         dimensions=(24, 200),
     )
 

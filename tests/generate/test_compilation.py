@@ -3,7 +3,6 @@
 import ast
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -131,10 +130,8 @@ def test_compiled_equals_eager_at_every_length(kept: tuple[Path, Engine, list[st
 def test_what_was_compiled_serves_the_next_run_and_other_weights(kept: tuple[Path, Engine, list[str]]) -> None:
     told: list[str] = []
     model = make_model(seed=1)
-    began = time.perf_counter()
     engine = make_engine(model, kept[0], told.append)
     engine.prepare(FILTERED)
-    assert time.perf_counter() - began < 3
     assert run(engine, *requests(FILTERED)) == run(make_engine(model, compiled=False), *requests(FILTERED))
     assert [line.partition(", loaded in")[0] for line in told] == [
         "prefill: compiled before",

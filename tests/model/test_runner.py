@@ -49,7 +49,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     prefix = torch.utils.cmake_prefix_path
     options = (f"-DCMAKE_PREFIX_PATH={prefix}", f"-DCMAKE_CXX_COMPILER={compiler}", "-DCMAKE_CXX_FLAGS=-Werror")
     for command in ([cmake(), "-S", SOURCES, "-B", build, *options], [cmake(), "--build", build]):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, done.stdout + done.stderr
     return build / "runner"
 
@@ -82,7 +82,7 @@ def run(runner: Path, *arguments: object, said: str = "") -> "subprocess.Complet
     """The program, with an empty environment but for how many threads it may have."""
     threads = {name: value for name, value in os.environ.items() if name == "OMP_NUM_THREADS"}
     return subprocess.run(
-        [runner, *map(str, arguments)], input=said, env=threads, cwd="/", capture_output=True, text=True, timeout=120
+        [runner, *map(str, arguments)], input=said, env=threads, cwd="/", capture_output=True, text=True, timeout=480
     )
 
 

@@ -259,4 +259,4 @@ def test_a_bad_file_is_named(tmp_path, monkeypatch, data, says):
 
 def test_reading_recipes_imports_no_torch():
     script = "import sys, quant.recipe; sys.exit('torch' in sys.modules or 'torchao' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=240).returncode == 0

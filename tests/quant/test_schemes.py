@@ -103,7 +103,7 @@ SCHEMES["linear:int8"].torchao_config(Arguments(8, 0))
 assert "torchao" in sys.modules
 assert logging.getLogger("torchao").level == logging.NOTSET
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=480)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -24,7 +24,7 @@ from server.security import Access
 from server.service import Served, Service
 from server.worker import Worker
 
-PATIENCE_S = 60  # of tests that would otherwise hang; nothing takes that long
+PATIENCE_S = 240  # of tests that would otherwise hang; nothing takes that long
 CHAT = [{"role": "user", "content": "Tell me a story about a cat"}]
 
 

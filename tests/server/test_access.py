@@ -182,7 +182,7 @@ def test_headers_that_are_too_large(server):
 
 @pytest.mark.parametrize("length", [(8 << 20) + 1, 99999999999])
 def test_a_body_that_is_announced_too_large_is_not_waited_for(server, length):
-    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
         connection.sendall(f"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode())
         data = b"".join(iter(lambda: connection.recv(65536), b""))
     assert data.startswith(b"HTTP/1.1 413")
@@ -196,7 +196,7 @@ def test_a_body_that_is_just_small_enough_is_read(server):
 
 def test_what_is_no_http(server):
     for sent in (b"nonsense\r\n\r\n", b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n"):
-        with socket.create_connection(("127.0.0.1", server.port), timeout=30) as connection:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=120) as connection:
             connection.sendall(sent)
             data = connection.recv(65536)
             assert data.startswith((b"HTTP/1.0 400", b"HTTP/1.1 400"))
@@ -204,7 +204,7 @@ def test_what_is_no_http(server):
 
 
 def test_several_requests_on_one_connection(server):
-    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
     for path, status in [("/health", 200), ("/nothing", 404), ("/version", 200)] * 3:
         connection.request("GET", path)
         response = connection.getresponse()

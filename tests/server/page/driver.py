@@ -21,7 +21,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
-PATIENCE = 20.0
+PATIENCE = 60.0
 """Seconds to wait for something that is to come; a busy machine needs some."""
 
 WATCH = """

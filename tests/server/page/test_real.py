@@ -20,7 +20,7 @@ from tests.server.page.driver import PATIENCE, Page
 from tests.server.page.stand_in import CUSTOMIZATION
 
 ROOT = Path(__file__).parents[3]
-START = 90.0
+START = 300.0
 
 # Slow: one process that imports torch and loads the built-in model, for all of these.
 pytestmark = pytest.mark.slow

@@ -317,15 +317,15 @@ def test_ctrl_c_ends_with_what_there_is(endless: Path, tmp_path: Path, as_json: 
         assert line, said
         said += line
     shown = "" if as_json else process.stdout.read(len("Hello") + 3)
-    time.sleep(1)
+    time.sleep(3 if as_json else 0)  # tokens are being made by then, of which nothing is seen
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=240)
     assert process.returncode == 130
     if as_json:
         (sample,) = json.loads(out)["samples"]
         assert sample["finish_reason"] == "abort"
-        assert 10 < len(sample["token_ids"]) < 500_000
-        assert len(sample["text"]) > 10
+        assert 0 < len(sample["token_ids"]) < 500_000
+        assert sample["text"]
     else:
         assert (shown + out).startswith("Hello")
         assert out.endswith("\n")

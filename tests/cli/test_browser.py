@@ -42,7 +42,7 @@ def served(monkeypatch):
         calls.append(args)
         on_ready("http://127.0.0.1:1/")
         for thread in [t for t in browser.threading.enumerate() if t.name == "browser"]:
-            thread.join(10)
+            thread.join(60)
         return 0
 
     monkeypatch.setattr(browser, "serve", serve)

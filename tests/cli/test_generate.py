@@ -356,7 +356,6 @@ def test_compiled_is_eager_and_faster_the_second_time(generate: Generate) -> Non
     assert "decode: not compiled before; compiling" in first.err
     assert "decode: compiled before, loaded in" in second.err
     assert first.document["stats"]["compile_s"] > second.document["stats"]["compile_s"] > 0
-    assert second.document["stats"]["compile_s"] + second.document["stats"]["ttft_s"] < 3
 
 
 @pytest.mark.parametrize(

@@ -325,7 +325,7 @@ def test_two_downloads_at_once_are_one(cli: Cli, hub: FakeHub, tmp_path: Path, f
     environ = clean_environment() | hub.environment() | {"HF_HOME": str(tmp_path / "hf")}
     command = [sys.executable, str(ROOT / "torchchat.py"), "download", ID]
     both = [subprocess.Popen(command, env=environ, cwd=tmp_path, stderr=subprocess.PIPE) for _ in range(2)]
-    assert [process.wait(100) for process in both] == [0, 0]
+    assert [process.wait(400) for process in both] == [0, 0]
     for process in both:
         process.communicate()
     assert len(hub.asked_for("model.safetensors")) == 1

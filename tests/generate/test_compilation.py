@@ -370,14 +370,14 @@ def test_a_failed_compilation_is_one_line_that_names_the_flag(stand_in: StandIn,
 
 
 def test_compiling_in_the_middle_of_a_run_is_in_no_rate(stand_in: StandIn) -> None:
-    stand_in.takes_s = 0.5
+    stand_in.takes_s = 1
     engine = make_engine(make_model(), None)
     run(engine, ([1, 2, 3], GREEDY))
     ledger = engine.ledger
-    assert ledger.phase_s["compile"] >= 1
-    assert 0 < ledger.prefill_s + ledger.decode_s < 0.5
+    assert ledger.phase_s["compile"] >= 2
+    assert 0 < ledger.prefill_s + ledger.decode_s < ledger.phase_s["compile"]
     assert ledger.ttft_s is not None
-    assert ledger.ttft_s >= 0.5  # but whoever asked has waited for it
+    assert ledger.ttft_s >= 1  # but whoever asked has waited for it
 
 
 # ---- Compilers and the directories that they are given. ----

@@ -245,4 +245,4 @@ def test_the_ledger_counts_real_tokens_only() -> None:
     assert ledger.decode_tokens == 1 + 5 + 5  # the first token of each is the prompt's
     assert 5 <= ledger.decode_steps <= 5 + 2 * -(-len(prompts[0]) // 5)  # some while the others' prompts are read
     assert ledger.ttft_s is not None
-    assert 0 < ledger.ttft_s <= ledger.prefill_s + ledger.decode_s + 1
+    assert 0 < ledger.ttft_s <= ledger.prefill_s + ledger.decode_s + 30

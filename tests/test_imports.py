@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 # quant knows layers and how kernels become ops, not the Transformer that is made of them.
 QUANT_MAY_IMPORT = {
-    f"model.{name}" for name in ("kernels", "layers", "moe_experts", "ops", "tracing", "triton_kernels")
+    f"model.{name}" for name in ("kernels", "layers", "moe_experts", "ops", "products", "tracing", "triton_kernels")
 }
 MODULES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 

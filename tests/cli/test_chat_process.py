@@ -20,7 +20,7 @@ def test_a_conversation_with_the_built_in_model(tmp_path):
     environ = os.environ | {"TORCHCHAT_CACHE_DIR": str(tmp_path / "cache"), "TERM": "xterm", "OMP_NUM_THREADS": "1"}
     environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # nobody answers here when the program asks where the cursor is
     environ.pop("NO_COLOR", None)
-    argv = [str(ROOT / "torchchat.py"), "chat", "--device", "cpu", "--stats"]
+    argv = [str(ROOT / "torchchat.py"), "chat", "--device", "cpu", "--dtype", "bf16", "--stats"]
     child = pexpect.spawn(sys.executable, argv, env=environ, encoding="utf-8", timeout=360, dimensions=(30, 120))
     child.expect(PROMPT)
     child.send("Hello!\r")

@@ -21,7 +21,6 @@ STEP_SOURCES = (
     "generate/backends.py",
     "generate/compilation.py",
     "generate/exported.py",
-    "generate/graphs.py",
     "generate/sampling.py",
     "generate/step.py",
     "model/attention.py",

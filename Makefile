@@ -56,5 +56,5 @@ $(VENV)/installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
 	@echo "make: installing torchchat and what its tests need; PyTorch is the large part (minutes, by your connection)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,executorch]'
 	@touch $@ $(VENV)/installed

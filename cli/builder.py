@@ -254,6 +254,7 @@ def make_engine(
         prefill_fn=steps.prefill,
         decode_fn=steps.decode,
         read_fn=steps.read,
+        reads_any_cache=package is not None or not (settings.compile or settings.compile_prefill),
         prepare_fn=steps.prepare if prepares else None,
         every_batch=serves or not prepares,
         ledger=ledger,

@@ -75,14 +75,15 @@ class Engine:
         prefill_fn: PrefillFn = prefill,
         decode_fn: DecodeFn = decode,
         read_fn: Read = read,
+        reads_any_cache: bool = True,
         prepare_fn: PrepareFn | None = None,
         every_batch: bool = True,
         ledger: Ledger | None = None,
     ) -> None:
         """cache: of `slots_needed(max_num_seqs)` slots or more. Without a tokenizer there is no text, only tokens.
 
-        prepare_fn: makes a step ready before it runs. every_batch: each batch size is a step of its own to make ready;
-        without it all decoding runs in the largest.
+        reads_any_cache: `read_fn` takes a cache of another shape too. prepare_fn: makes a step ready before it runs.
+        every_batch: each batch size is a step of its own to make ready; without it all decoding runs in the largest.
         """
         assert cache.num_slots >= slots_needed(max_num_seqs)
         self.model = model
@@ -92,7 +93,7 @@ class Engine:
         self.eos_ids = eos_ids
         self.prefill_fn = prefill_fn
         self.decode_fn = decode_fn
-        self.read_fn = read_fn
+        self.read_fn, self.reads_any_cache = read_fn, reads_any_cache
         self.ledger = Ledger() if ledger is None else ledger
         self.device = cache.keys[0].device
         self.prepare_fn = prepare_fn
@@ -191,6 +192,7 @@ class Engine:
             num_slots=self.scheduler.num_slots,
             most_tokens=self.scheduler.prefill_chunk,
             vocab_size=self.vocab_size,
+            any_shape=self.reads_any_cache,
         )
         began = self._now()
         found, tokens = reader.score(requests, on_done)

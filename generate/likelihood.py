@@ -104,11 +104,22 @@ class Reader:
     """Reads families into the slots of a cache, which is its own while it does so, and tallies what is asked."""
 
     def __init__(
-        self, model: LanguageModel, cache: KVCache, read: Read, *, num_slots: int, most_tokens: int, vocab_size: int
+        self,
+        model: LanguageModel,
+        cache: KVCache,
+        read: Read,
+        *,
+        num_slots: int,
+        most_tokens: int,
+        vocab_size: int,
+        any_shape: bool = True,
     ) -> None:
-        """num_slots: how many rows there may be at a time. most_tokens: how many of their tokens are read at once."""
+        """num_slots: how many rows there may be at a time. most_tokens: how many of their tokens are read at once.
+        any_shape: `read` takes a cache of another shape too: short rows then share a slot's memory.
+        """
         self.model, self.cache, self.read = model, cache, read
         self.num_slots, self.most_tokens, self.vocab_size = num_slots, most_tokens, vocab_size
+        self.any_shape = any_shape
         self.device = cache.keys[0].device
 
     def score(self, requests: Sequence[Continuation], on_done: Callable[[int], None]) -> tuple[list[Likelihood], int]:
@@ -120,12 +131,44 @@ class Reader:
                 self._read([Piece(0, 0, beginning)], requests, tally)
                 for slot in range(1, self.num_slots):
                     self.cache.copy(0, slot, base)
-            for ahead in self._ahead(batches(families, self.num_slots), base):
-                kept = self._read_beginnings(ahead, base, requests, tally)
-                for batch in ahead:
-                    self._read_batch(batch, base, kept, requests, tally)
-                    on_done(sum(len(row.asked) for family in batch for row in family.rows))
+                self._read_families(families, base, requests, tally, on_done)
+                continue
+            by_factor: dict[int, list[Family]] = {}
+            for family in families:
+                by_factor.setdefault(self._factor(family), []).append(family)
+            for factor, some in by_factor.items():
+                self._with_shorter(factor)._read_families(some, 0, requests, tally, on_done)
         return [Likelihood(*found) for found in zip(tally.logprobs, tally.greedy, strict=True)], tally.tokens
+
+    def _factor(self, family: Family) -> int:
+        """Into how many parts a slot may be cut for the rows of a family: few different numbers, for large batches."""
+        factor = 1
+        while self.any_shape and self.cache.max_seq_len // (4 * factor) >= family.longest:
+            factor *= 4
+        return factor
+
+    def _with_shorter(self, factor: int) -> "Reader":
+        if factor == 1:
+            return self
+        return Reader(
+            self.model, self.cache.shorter(factor), self.read, num_slots=self.num_slots * factor,
+            most_tokens=self.most_tokens, vocab_size=self.vocab_size,
+        )  # fmt: skip
+
+    def _read_families(
+        self,
+        families: Sequence[Family],
+        base: int,
+        requests: Sequence[Continuation],
+        tally: Tally,
+        on_done: Callable[[int], None],
+    ) -> None:
+        """Families of which each slot holds the first `base` tokens already."""
+        for ahead in self._ahead(batches(families, self.num_slots), base):
+            kept = self._read_beginnings(ahead, base, requests, tally)
+            for batch in ahead:
+                self._read_batch(batch, base, kept, requests, tally)
+                on_done(sum(len(row.asked) for family in batch for row in family.rows))
 
     def _ahead(self, found: Iterable[list[Family]], base: int) -> Iterator[list[list[Family]]]:
         """Batches whose beginnings are short enough to be read at once, before any of their rows: a step that reads few

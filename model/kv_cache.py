@@ -3,6 +3,7 @@
 Knows shapes and rotary frequencies; does not know which sequence sits in which slot.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,18 @@ class KVCache:
         """Each of the slots holds again, from position `first` on, what was kept."""
         for tensor, part in zip((*self.keys, *self.values), kept, strict=True):
             tensor[slots, :, first : first + part.shape[1]] = part
+
+    def shorter(self, factor: int) -> "KVCache":
+        """The same memory as `factor` times the slots, each of so much fewer positions; what it holds means nothing
+        there.
+        """
+        slots, heads, length, size = self.keys[0].shape
+        shape = (slots * factor, heads, length // factor, size)
+        keys, values = (
+            [tensor.view(-1)[: math.prod(shape)].view(shape) for tensor in tensors]
+            for tensors in (self.keys, self.values)
+        )
+        return KVCache(keys, values, self.frequencies, length // factor)
 
     @property
     def num_slots(self) -> int:

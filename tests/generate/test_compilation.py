@@ -85,6 +85,7 @@ def make_engine(
         prefill_chunk=CHUNK,
         prefill_fn=steps.prefill,
         read_fn=steps.read,
+        reads_any_cache=not compiled,
         decode_fn=steps.decode,
         prepare_fn=steps.prepare if compiled or capture_prefill else None,
         every_batch=every_batch,

@@ -24,6 +24,8 @@ LEAST_SHARED = 8
 """Fewer tokens are sooner read again, each row for itself, than read apart and copied."""
 LEAST_COMMON = 32
 """So many tokens, and a quarter of a context, must several contexts begin with for that to be read before them."""
+FEW_TOKENS = 4
+"""Of a row beyond what it shares: most have more."""
 LOGIT_NUMBERS = 2**24
 """So many logits are in memory at a time: 64 MB in float32."""
 
@@ -150,9 +152,11 @@ class Reader:
     def _with_shorter(self, factor: int) -> "Reader":
         if factor == 1:
             return self
+        # More rows than are read at once would win nothing, and progress is told after each batch.
+        num_slots = min(self.num_slots * factor, max(self.num_slots, self.most_tokens // FEW_TOKENS))
         return Reader(
-            self.model, self.cache.shorter(factor), self.read, num_slots=self.num_slots * factor,
-            most_tokens=self.most_tokens, vocab_size=self.vocab_size,
+            self.model, self.cache.shorter(factor), self.read, num_slots=num_slots, most_tokens=self.most_tokens,
+            vocab_size=self.vocab_size,
         )  # fmt: skip
 
     def _read_families(

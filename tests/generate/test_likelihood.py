@@ -113,6 +113,10 @@ def test_what_the_questions_of_several_batches_begin_with_is_read_at_once(model)
     asked = [Continuation(tuple(range(n, n + 20)), (token, token, 3)) for n in (1, 21, 41, 61) for token in (1, 2)]
     engine_of(model, 4, read_fn=counted).score(asked)
     assert shapes == [(4, 19), (4, 3), (4, 3)]
+    shapes.clear()
+    short = [Continuation(one.context[-11:], one.continuation) for one in asked]  # four of them have room in one slot
+    engine_of(model, 2, read_fn=counted).score(short)
+    assert shapes == [(4, 10), (8, 3)]
 
 
 def test_what_is_generated_after_scoring_is_what_it_was_before(model, requests):

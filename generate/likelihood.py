@@ -61,7 +61,9 @@ class Row:
 
 @dataclass(eq=False)
 class Family:
-    """Rows that begin with the same `shared` tokens, of which none predicts what is asked; the longest row first."""
+    """Rows that begin with the same `shared` tokens. The last of these predicts what is asked first of each row, the
+    others predict nothing that is asked. The longest row comes first.
+    """
 
     shared: int
     rows: list[Row]
@@ -71,12 +73,21 @@ class Family:
         return self.rows[0].tokens[: self.shared]
 
     @property
+    def before(self) -> tuple[int, ...]:
+        """The tokens that predict nothing that is asked."""
+        return self.rows[0].tokens[: self.shared - 1]
+
+    @property
     def longest(self) -> int:
         return len(self.rows[0].tokens)
 
+    def piece(self, slot: int, base: int) -> "Piece":
+        """What is shared, from position `base` on."""
+        return Piece(slot, base, self.beginning[base:], tuple(self.rows))
+
     def is_read_apart(self, base: int) -> bool:
         """Whether what is shared beyond the first `base` tokens is worth being read by itself, and copied."""
-        return len(self.rows) > 1 and self.shared - base >= LEAST_SHARED
+        return len(self.rows) > 1 and self.shared - base > LEAST_SHARED
 
 
 @dataclass
@@ -92,14 +103,14 @@ class Tally:
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens of a row that are read at once into `slot`, the first at position `start`. row: the row, if any of them
-    predict what is asked.
+    """Tokens that are read at once into `slot`, the first at position `start`. rows: those that they are of, if any of
+    them predict what is asked.
     """
 
     slot: int
     start: int
     tokens: tuple[int, ...]
-    row: Row | None = None
+    rows: tuple[Row, ...] = ()
 
 
 class Reader:
@@ -199,7 +210,7 @@ class Reader:
         if len(ahead) == 1:
             return {}
         families = [family for batch in ahead for family in batch if family.is_read_apart(base)]
-        self._read((Piece(i, base, family.beginning[base:]) for i, family in enumerate(families)), requests, tally)
+        self._read((family.piece(i, base) for i, family in enumerate(families)), requests, tally)
         return {family: self.cache.kept(i, base, family.shared) for i, family in enumerate(families)}
 
     def _read_batch(
@@ -221,7 +232,7 @@ class Reader:
             placed.append((family, family.shared if family.is_read_apart(base) else base, slots))
         apart = [one for one in placed if one[1] > base]
         if not kept:
-            self._read((Piece(slots[0], base, one.beginning[base:]) for one, _, slots in apart), requests, tally)
+            self._read((family.piece(slots[0], base) for family, _, slots in apart), requests, tally)
         for family, start, slots in apart:
             if kept:
                 self.cache.put(kept[family], slots, base)
@@ -231,9 +242,10 @@ class Reader:
         rounds = max(-(-len(family.rows) // len(slots)) for family, _, slots in placed)
         for turn in range(rounds):
             rows = [
-                Piece(slot, start, row.tokens[start:], row)
+                Piece(slot, start, row.tokens[start:], (row,))
                 for family, start, slots in placed
                 for slot, row in zip(slots, family.rows[turn * len(slots) :], strict=False)
+                if len(row.tokens) > start
             ]
             self._read(rows, requests, tally)
 
@@ -251,7 +263,7 @@ class Reader:
             if len(piece.tokens) > self.most_tokens:
                 for at in range(0, len(piece.tokens), self.most_tokens):
                     part = piece.tokens[at : at + self.most_tokens]
-                    yield [Piece(piece.slot, piece.start + at, part, piece.row)]
+                    yield [Piece(piece.slot, piece.start + at, part, piece.rows)]
                 continue
             if group:
                 length = len(group[0].tokens)
@@ -279,20 +291,16 @@ class Reader:
 
     def _tally(self, group: Sequence[Piece], x_BTD: Tensor, requests: Sequence[Continuation], tally: Tally) -> None:
         """Add what the places of a group predict: each place's logits are made once, whoever asks for them."""
-        places: list[tuple[int, int]] = []
+        places: dict[tuple[int, int], int] = {}
         wanted: list[tuple[int, int, int]] = []  # the place, the token, and who asks
         for b, piece in enumerate(group):
-            if piece.row is None:
-                continue
-            row = piece.row
-            for t in range(max(0, row.first - piece.start), len(piece.tokens)):
-                ahead = piece.start + t - row.first
-                for asked in row.asked:
-                    wanted.append((len(places), requests[asked].continuation[ahead], asked))
-                places.append((b, t))
+            for row in piece.rows:
+                for t in range(max(0, row.first - piece.start), len(piece.tokens)):
+                    place, ahead = places.setdefault((b, t), len(places)), piece.start + t - row.first
+                    wanted += [(place, requests[asked].continuation[ahead], asked) for asked in row.asked]
         if not places:
             return
-        rows_N, times_N = torch.tensor(places, device=self.device).unbind(1)
+        rows_N, times_N = torch.tensor(list(places), device=self.device).unbind(1)
         x_ND = x_BTD[rows_N, times_N]
         step = max(2, LOGIT_NUMBERS // self.vocab_size)
         at = 0
@@ -338,8 +346,8 @@ def families_of(requests: Sequence[Continuation], max_seq_len: int) -> list[Fami
         row = rows.get((tokens, first))
         if row is None:
             row = rows[tokens, first] = Row(tokens, first)
-            key = (tokens[:first], -1) if first >= LEAST_SHARED else (tokens, first)
-            families.setdefault(key, Family(first, [])).rows.append(row)
+            key = (tokens[: first + 1], -1) if first >= LEAST_SHARED else (tokens, first)
+            families.setdefault(key, Family(first + 1, [])).rows.append(row)
         row.asked.append(i)
     for family in families.values():
         family.rows.sort(key=lambda row: -len(row.tokens))
@@ -352,7 +360,7 @@ def clusters(families: Sequence[Family]) -> Iterator[tuple[int, list[Family]]]:
     cluster: list[Family] = []
     common: Sequence[int] = ()
     for family in (*families, None):
-        shared = 0 if family is None else common_prefix(common, family.beginning)
+        shared = 0 if family is None else common_prefix(common, family.before)
         if family is not None and cluster and shared >= max(LEAST_COMMON, len(common) // 4):
             cluster.append(family)
             common = common[:shared]
@@ -362,7 +370,7 @@ def clusters(families: Sequence[Family]) -> Iterator[tuple[int, list[Family]]]:
         else:
             alone += cluster
         if family is not None:
-            cluster, common = [family], family.beginning
+            cluster, common = [family], family.before
     if alone:
         yield 0, alone
 

@@ -66,7 +66,8 @@ def model() -> Transformer:
 def requests(model) -> list[Continuation]:
     asked = questions(random.Random(0))
     likeliest = tuple(log_probabilities(model, asked[0].context).argmax(-1)[-1:].tolist())
-    return [*asked, Continuation(asked[0].context, likeliest)]
+    other_end = (*asked[0].context[:-1], (asked[0].context[-1] + 1) % VOCAB)
+    return [*asked, Continuation(other_end, asked[1].continuation), Continuation(asked[0].context, likeliest)]
 
 
 @pytest.mark.parametrize(("num_seqs", "chunk"), [(1, 512), (2, 7), (4, 64), (8, 512), (32, 512)])
@@ -95,7 +96,10 @@ def test_what_several_begin_with_is_read_once(model):
     assert engine.ledger.prefill_tokens == len(context) + 2  # they differ in what is only predicted
     engine = engine_of(model, 2)
     engine.score([Continuation(context, (token, 8, 9)) for token in (1, 2, 3, 4)])
-    assert engine.ledger.prefill_tokens == len(context) - 1 + 4 * 3
+    assert engine.ledger.prefill_tokens == len(context) + 4 * 2  # what is predicted last is not read
+    engine = engine_of(model, 2)
+    engine.score([Continuation(context, (1,)), Continuation(context, (2, 3))])
+    assert engine.ledger.prefill_tokens == len(context) + 1
     examples = tuple(range(40, 80))
     asked = [Continuation((*examples, *range(n, n + 5)), (token, 3)) for n in range(6) for token in (1, 2)]
     engine = engine_of(model, 4)
@@ -112,11 +116,11 @@ def test_what_the_questions_of_several_batches_begin_with_is_read_at_once(model)
 
     asked = [Continuation(tuple(range(n, n + 20)), (token, token, 3)) for n in (1, 21, 41, 61) for token in (1, 2)]
     engine_of(model, 4, read_fn=counted).score(asked)
-    assert shapes == [(4, 19), (4, 3), (4, 3)]
+    assert shapes == [(4, 20), (4, 2), (4, 2)]
     shapes.clear()
     short = [Continuation(one.context[-11:], one.continuation) for one in asked]  # four of them have room in one slot
     engine_of(model, 2, read_fn=counted).score(short)
-    assert shapes == [(4, 10), (8, 3)]
+    assert shapes == [(4, 11), (8, 2)]
 
 
 def test_what_is_generated_after_scoring_is_what_it_was_before(model, requests):

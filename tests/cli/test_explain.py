@@ -342,7 +342,8 @@ def test_quantize_explains_what_it_would_write_and_writes_nothing(tiny, capsys, 
 
 
 def test_a_saved_model_says_where_its_recipe_is_from_and_how_good_it_is(tiny, capsys, tmp_path):
-    assert main(["quantize", str(tiny), "--device", "cpu", "--quantize", "cpu", "--output", str(tmp_path / "out")]) == 0
+    made = ["--device", "cpu", "--dtype", "bf16", "--quantize", "cpu", "--output", str(tmp_path / "out")]
+    assert main(["quantize", str(tiny), *made]) == 0
     capsys.readouterr()
     document = document_of(capsys, "generate", tmp_path / "out", "--device", "cpu")
     assert document["settings"]["quantize"]["source"] == "stored with the weights"

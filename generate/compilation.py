@@ -331,7 +331,9 @@ class CompiledSteps:
                 _backend(device).compile(function, inputs, dynamic, largest, path, compiler)
                 program = _backend(device).load(path, device)
             except Exception as error:  # what compilers raise has nothing else in common
-                raise UserError(_failure(flag, compiler, error)) from error
+                raise UserError(
+                    f"{failure(flag, compiler, error)}; leave {flag} out, or see all of it with TORCHCHAT_DEBUG=1"
+                ) from error
             self.report(f"{what}: compiled in {time.perf_counter() - began:.1f} s")
             if kept is not None:
                 self._keep(path, kept)
@@ -365,11 +367,8 @@ def load_kept(path: Path, device: torch.device) -> Program | None:
     return program
 
 
-def _failure(flag: str, compiler: str, error: Exception) -> str:
+def failure(what: str, compiler: str, error: Exception) -> str:
     """What to tell of a compiler's error. They are pages long: the first line with the word says the most."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = next((line for line in lines if " error: " in line), lines[0] if lines else "no reason given")
-    return (
-        f"{flag}: compiling with {compiler} failed: {type(error).__name__}: {shorten(telling, 200)}; "
-        f"leave {flag} out, or see all of it with TORCHCHAT_DEBUG=1"
-    )
+    return f"{what}: compiling with {compiler} failed: {type(error).__name__}: {shorten(telling, 200)}"

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from config.errors import UserError
-from config.settings import shorten
 from generate.artifacts import environment_key, keep_package, kept_in, native_compiler
 from generate.backends import ARTIFACT, PACKAGE, Backend, Dynamic, Function, Largest, Program
-from generate.compilation import LEAST_LENGTHS, Tensors, load_kept, loads_packages
+from generate.compilation import LEAST_LENGTHS, Tensors, failure, load_kept, loads_packages
 from generate.graphs import captured_decode
 from generate.sampling import CANDIDATES, SamplingPlan
 from generate.step import DecodeState, LanguageModel, choose, prefill, read
@@ -138,7 +137,7 @@ def compile_entry_point(
             with _any_number_of_threads():
                 BACKENDS[form].compile(entry.function, entry.inputs, entry.dynamic, entry.largest, path, compiler)
         except Exception as error:  # what compilers raise has nothing else in common
-            raise UserError(_failure(compiler, error)) from error
+            raise UserError(f"{failure('export', compiler, error)}; see all of it with TORCHCHAT_DEBUG=1") from error
         report(f"{entry.name}: compiled in {time.perf_counter() - began:.1f} s")
         if kept is not None:
             try:
@@ -153,15 +152,6 @@ def _any_number_of_threads() -> Any:
     from torch._inductor import config as inductor_config
 
     return inductor_config.patch({"cpp.dynamic_threads": True})
-
-
-def _failure(compiler: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = next((line for line in lines if " error: " in line), lines[0] if lines else "no reason given")
-    return (
-        f"export: compiling with {compiler} failed: {type(error).__name__}: {shorten(telling, 200)}; see all of it "
-        "with TORCHCHAT_DEBUG=1"
-    )
 
 
 class ExportedSteps:
